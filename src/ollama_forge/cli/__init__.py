@@ -1,0 +1,137 @@
+"""The command line: a table of names, and the one place where an error becomes words and an exit code.
+
+Nothing heavy is imported here: a command's module is imported when it is called, so `--help` stays fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+
+import click
+
+from ollama_forge.errors import ForgeError
+
+COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
+    "begin": {
+        "demo": ("demo", "See the whole way once: import, quantize, land, customise, run."),
+        "check": ("check", "What is here: engine, store, server, extras, disk; and the next step for each."),
+    },
+    "get": {
+        "import": ("import_model", "A Hugging Face folder becomes a quantized model in Ollama, in one pass."),
+        "convert": ("convert", "A Hugging Face folder becomes a GGUF file; or a GGUF file becomes an Ollama model."),
+    },
+    "make": {
+        "create-from-base": (
+            "create_from_base",
+            "A new model from one you have: prompt, parameters, template, adapter.",
+        ),
+        "quantize": ("quantize", "Make a GGUF or an Ollama model smaller, equal to llama-quantize's result."),
+    },
+    "look": {
+        "list": ("list_models", "Models in Ollama's store."),
+        "show": ("show", "What a model is: family, sizes, quantization mix, context, template, parameters."),
+        "run": ("run", "Ask a model once, or chat with it in the terminal; no server needed."),
+        "verify": ("verify", "Re-hash blobs, check manifests, list orphans and what is missing."),
+        "export": ("export", "Take a model out of Ollama's store as a GGUF file."),
+    },
+}
+"""Group -> command -> (module under `ollama_forge.cli`, one line of help)."""
+
+_FLAT = {name: row for group in COMMANDS.values() for name, row in group.items()}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands' names and one-line helps, and imports one only when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_FLAT)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _FLAT:
+            return None
+        module = importlib.import_module(f"ollama_forge.cli.{_FLAT[cmd_name][0]}")
+        command: click.Command = module.command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in _FLAT and not args[0].startswith("-"):
+            import difflib
+
+            near = difflib.get_close_matches(args[0], _FLAT, n=3)
+            hint = f" Did you mean {' or '.join(near)}?" if near else " `ollama-forge --help` lists them all."
+            raise click.UsageError(f"There is no command {args[0]!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, group in COMMANDS.items():
+            with formatter.section(title.capitalize()):
+                formatter.write_dl([(name, words) for name, (_, words) in group.items()])
+
+
+def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        click.echo(f"ollama-forge {importlib.metadata.version('ollama-forge')}")
+        ctx.exit()
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Start with: ollama-forge demo",
+)
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Version.")
+def root() -> None:
+    """Take any model you have, make it the one you want, and land it in Ollama."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in args
+    prog = "ollama-forge"
+    try:
+        code = root.main(args=args, prog_name=prog, standalone_mode=False)
+    except ForgeError as error:
+        _print_error(error.kind, error.what, error.why, error.next, as_json=as_json)
+        return error.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return 2
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx else prog
+        _print_error("usage", error.format_message(), "", f"{where} --help", as_json=as_json)
+        return 2
+    except click.ClickException as error:
+        _print_error("error", error.format_message(), "", "", as_json=as_json)
+        return 1
+    except (KeyboardInterrupt, click.Abort):
+        _print_error(
+            "interrupted",
+            "Interrupted.",
+            "Nothing half written is left under a final name.",
+            "Run the same command again to go on.",
+            as_json=as_json,
+        )
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+def _print_error(kind: str, what: str, why: str, next_step: str, *, as_json: bool) -> None:
+    if as_json:
+        import json
+
+        click.echo(json.dumps({"error": {"kind": kind, "what": what, "why": why, "next": next_step}}))
+        return
+    click.secho(f"✗ {what}", fg="red", err=True)
+    if why:
+        click.echo(f"  why:  {why}", err=True)
+    if next_step:
+        click.echo(f"  next: {next_step}", err=True)
