@@ -41,12 +41,12 @@ class GGUFArray(Sequence[Any]):
     """An array of metadata, decoded when it is asked for.
 
     Text that is not valid UTF-8 (byte-level tokens in the wild) is decoded with `surrogateescape`, so that
-    `text.encode("utf-8", "surrogateescape")` gives the stored bytes back.
+    `text.encode("utf-8", "surrogateescape")` gives the stored bytes back. `raw_items` is all items as stored.
     """
 
     def __init__(self, items: memoryview, item_type: ValueType, length: int) -> None:
         self.item_type = item_type
-        self._items = items
+        self.raw_items = items
         self._length = length
         self._starts: array[int] | None = None
 
@@ -75,8 +75,8 @@ class GGUFArray(Sequence[Any]):
         """Every item, decoded."""
         if self.item_type is not ValueType.STRING:
             code = VALUE_FORMATS[self.item_type][1]
-            return list(struct.unpack_from(f"<{self._length}{code}", self._items))
-        content = self._items.tobytes()
+            return list(struct.unpack_from(f"<{self._length}{code}", self.raw_items))
+        content = self.raw_items.tobytes()
         texts = []
         position = 0
         for _ in repeat(None, self._length):
@@ -88,16 +88,16 @@ class GGUFArray(Sequence[Any]):
     def _item(self, position: int) -> Any:
         if self.item_type is not ValueType.STRING:
             fixed = VALUE_FORMATS[self.item_type]
-            return struct.unpack_from(fixed, self._items, position * VALUE_BYTES[self.item_type])[0]
+            return struct.unpack_from(fixed, self.raw_items, position * VALUE_BYTES[self.item_type])[0]
         if self._starts is None:
             self._starts = array("Q")
             start = 0
             for _ in repeat(None, self._length):
                 self._starts.append(start)
-                start += 8 + _U64(self._items, start)[0]
+                start += 8 + _U64(self.raw_items, start)[0]
         start = self._starts[position]
-        length = _U64(self._items, start)[0]
-        return str(self._items[start + 8 : start + 8 + length], "utf-8", "surrogateescape")
+        length = _U64(self.raw_items, start)[0]
+        return str(self.raw_items[start + 8 : start + 8 + length], "utf-8", "surrogateescape")
 
 
 @dataclass(frozen=True)
