@@ -41,7 +41,7 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class Field:
-    """One metadata key. `item_type` is set for arrays only; `raw`, when set, is written as it is (see `from_reader`)."""
+    """One metadata key. `item_type` is for arrays only; `raw`, when set, is written as it is (see `from_reader`)."""
 
     key: str
     type: ValueType
@@ -152,8 +152,8 @@ def plan_layout(fields: Sequence[Field], entries: Sequence[TensorEntry], alignme
     table = [(entry, entry.nbytes) for entry in entries]
     offset = 0
     offsets = []
-    for entry, nbytes in table:
-        header += _encode_tensor(entry, offset)
+    for planned, nbytes in table:
+        header += _encode_tensor(planned, offset)
         offsets.append(offset)
         offset += _padded(nbytes, alignment)
     header += bytes(_padded(len(header), alignment) - len(header))
@@ -330,7 +330,7 @@ def _write_tensor(sink: Sink, entry: TensorEntry, nbytes: int, advance: Advance 
     if left:
         given = "more" if left < 0 else f"only {nbytes - left}"
         raise GGUFError(
-            f"The tensor {entry.name!r} needs {nbytes} bytes as {entry.type.name} {entry.shape}, and {given} were given",
-            why="Its source and the plan disagree.",
+            f"The tensor {entry.name!r} needs {nbytes} bytes, and {given} were given",
+            why=f"It was planned as {entry.type.name} of shape {entry.shape}.",
             next="Check that the input did not change while it was read, then run the command again.",
         )
