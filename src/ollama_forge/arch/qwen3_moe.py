@@ -20,21 +20,18 @@ from ollama_forge.arch.rows import Expectation, Family, Residual, Role, TensorRo
 
 _EXPERT = LAYER + "mlp.experts.{expert}."
 _FUSED = LAYER + "mlp.experts."
-_READS = Residual.READS
-_WRITES = Residual.WRITES
 
 EXPERTS = (
-    TensorRow(Role.ROUTER, LAYER + "mlp.gate.weight", BLOCK + "ffn_gate_inp.weight", residual=_READS),
+    TensorRow(Role.ROUTER, LAYER + "mlp.gate.weight", BLOCK + "ffn_gate_inp.weight", residual=Residual.READS),
     TensorRow(
         Role.EXPERT_DOWN,
         _EXPERT + "down_proj.weight",
         BLOCK + "ffn_down_exps.weight",
-        False,
-        residual=_WRITES,
+        residual=Residual.WRITES,
         residual_axis=-2,
     ),
-    TensorRow(Role.EXPERT_GATE, _EXPERT + "gate_proj.weight", BLOCK + "ffn_gate_exps.weight", residual=_READS),
-    TensorRow(Role.EXPERT_UP, _EXPERT + "up_proj.weight", BLOCK + "ffn_up_exps.weight", residual=_READS),
+    TensorRow(Role.EXPERT_GATE, _EXPERT + "gate_proj.weight", BLOCK + "ffn_gate_exps.weight", residual=Residual.READS),
+    TensorRow(Role.EXPERT_UP, _EXPERT + "up_proj.weight", BLOCK + "ffn_up_exps.weight", residual=Residual.READS),
 )
 
 # transformers 5 keeps the experts of a layer in two stacked tensors.

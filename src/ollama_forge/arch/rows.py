@@ -10,7 +10,7 @@ Shapes and axes are row-major and those of the GGUF side, where every matrix is 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -168,7 +168,7 @@ class TensorAddress:
         return self.row.hf_name.format(layer=self.layer, expert=self.expert)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """A family of models: everything that conversion, editing and training need to know about it.
 
@@ -228,22 +228,22 @@ class Family:
 
 
 @functools.cache
-def _template_index(rows: tuple[TensorRow, ...], side: str) -> dict[str, tuple[TensorRow, ...]]:
+def _hf_index(family: Family) -> dict[str, tuple[TensorRow, ...]]:
+    return _index((row.hf_name, row) for row in family.tensors + family.fused)
+
+
+@functools.cache
+def _gguf_index(family: Family) -> dict[str, TensorRow]:
+    return {name: rows[0] for name, rows in _index((row.gguf_name, row) for row in family.tensors).items()}
+
+
+def _index(pairs: Iterable[tuple[str, TensorRow]]) -> dict[str, tuple[TensorRow, ...]]:
     index: dict[str, tuple[TensorRow, ...]] = {}
-    for row in rows:
-        name = row.hf_name if side == "hf" else row.gguf_name
+    for name, row in pairs:
         key = name.replace("{layer}", "#").replace("{expert}", "#")
         if key:
             index[key] = (*index.get(key, ()), row)
     return index
-
-
-def _hf_index(family: Family) -> dict[str, tuple[TensorRow, ...]]:
-    return _template_index(family.tensors + family.fused, "hf")
-
-
-def _gguf_index(family: Family) -> dict[str, TensorRow]:
-    return {name: rows[0] for name, rows in _template_index(family.tensors, "gguf").items()}
 
 
 def _parse_name(name: str) -> tuple[str, tuple[int, ...]]:
