@@ -166,8 +166,6 @@ MAIN_TYPES: dict[FileType, GGMLType] = {
     FileType.MOSTLY_IQ4_XS: GGMLType.IQ4_XS,
     FileType.MOSTLY_TQ1_0: GGMLType.TQ1_0,
     FileType.MOSTLY_TQ2_0: GGMLType.TQ2_0,
-    FileType.MOSTLY_Q1_0: GGMLType.Q1_0,
-    FileType.MOSTLY_Q2_0: GGMLType.Q2_0,
 }
 """The type of a tensor for which the mix has no rule of its own."""
 
@@ -180,7 +178,6 @@ FALLBACKS: dict[GGMLType, GGMLType] = {
     GGMLType.IQ3_XXS: GGMLType.IQ4_NL,
     GGMLType.IQ3_S: GGMLType.IQ4_NL,
     GGMLType.IQ4_XS: GGMLType.IQ4_NL,
-    GGMLType.Q2_0: GGMLType.Q4_0,
     GGMLType.Q2_K: GGMLType.Q4_0,
     GGMLType.Q3_K: GGMLType.Q4_0,
     GGMLType.TQ1_0: GGMLType.Q4_0,
@@ -203,7 +200,7 @@ RULES: dict[Role, tuple[Rule, ...]] = {
     Role.TOKEN_EMBEDDING: (
         _rule("IQ1_S IQ1_M IQ2_XXS IQ2_XS", GGMLType.Q2_K),
         _rule("IQ2_S IQ2_M IQ3_XXS", GGMLType.IQ3_S),
-        _rule("TQ1_0 TQ2_0 Q2_0", GGMLType.Q4_K),
+        _rule("TQ1_0 TQ2_0", GGMLType.Q4_K),
     ),
     Role.VALUE: (
         _rule(_LOWEST, GGMLType.Q4_K, _shared_or_experts),

@@ -177,7 +177,7 @@ def requires_imatrix(name: str, type: GGMLType, file_type: FileType) -> bool:
 def _layer_order(tensor: TensorRow) -> tuple[int, bytes]:
     """llama.cpp counts tensors by layer, then by the bytes of their names; tensors outside the layers come first."""
     block = _BLOCK.match(tensor[0])
-    return (int(block[1]) if block else -1, tensor[0].encode())
+    return (int(block[1]) if block else -1, tensor[0].encode("utf-8", "surrogateescape"))
 
 
 def _read_traits(
