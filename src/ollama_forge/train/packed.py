@@ -1,0 +1,449 @@
+"""Frozen layers whose weights stay the blocks of a GGUF file.
+
+In: views of the memory-mapped blocks. Out: torch modules that multiply by them (`PackedLinear`), look rows up in them
+(`PackedEmbedding`) and route tokens through stacks of them (`PackedExperts`). Blocks are turned into numbers a piece at
+a time, in forward and again in backward, inside one `Workspace` that all layers of a model share; no weight has a
+gradient and nothing keeps a dequantized copy. Which blocks belong to which layer is `train.load`'s business.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from ollama_forge.errors import TrainingError, UnsupportedError
+from ollama_forge.gguf.native import dequantize
+from ollama_forge.gguf.types import GGMLType, row_bytes
+from ollama_forge.train.unpack import UNPACKED_TYPES, unpack_blocks
+
+# Large enough to hold one layer of a 1-2 B model between its recomputation and its backward pass.
+WORKSPACE_BYTES = 192 << 20
+_DIRECT = {GGMLType.F32: torch.float32, GGMLType.F16: torch.float16, GGMLType.BF16: torch.bfloat16}
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMatrix:
+    """A matrix [rows, columns] as GGUF blocks, outermost first.
+
+    Attributes:
+        blocks: uint8 [rows, row_bytes]; usually a view of the memory-mapped file, never written.
+        type: ggml's type of every row.
+        columns: numbers in a row.
+        rope_heads: 0, or the number of heads whose rows the GGUF holds in llama.cpp's rope order (pairs side by side);
+            callers always see Hugging Face's order (halves one after the other).
+        device: where the numbers are wanted; blocks that only ggml can read stay with the processor.
+    """
+
+    blocks: torch.Tensor
+    type: GGMLType
+    columns: int
+    rope_heads: int = 0
+    device: torch.device = torch.device("cpu")
+
+    def __post_init__(self) -> None:
+        expected = row_bytes(self.type, self.columns)
+        if self.blocks.dtype != torch.uint8 or self.blocks.dim() != 2 or self.blocks.shape[1] != expected:
+            raise TrainingError(
+                f"blocks of shape {tuple(self.blocks.shape)!r} are no {self.type.name} matrix",
+                why=f"A row of {self.columns} numbers takes {expected} bytes.",
+            )
+        if self.rope_heads and self.rows % (2 * self.rope_heads):
+            raise TrainingError(
+                f"{self.rows} rows cannot be split into {self.rope_heads} heads of an even size",
+                why="Rotary embeddings turn pairs of rows within a head.",
+            )
+
+    @property
+    def rows(self) -> int:
+        return self.blocks.shape[0]
+
+    def direct(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """The stored numbers themselves, [rows, columns], when they already have this dtype; else None."""
+        if (
+            _DIRECT.get(self.type) != dtype
+            or not self.blocks.is_contiguous()
+            or self.blocks.data_ptr() % dtype.itemsize
+        ):
+            return None
+        return self.blocks.view(dtype)
+
+    def moved(self, place: Callable[[torch.Tensor], torch.Tensor]) -> PackedMatrix:
+        """The matrix after `place`, a function that may put a tensor on another device."""
+        device = place(torch.empty(0, device=self.device)).device
+        if device == self.device:
+            return self
+        return replace(self, blocks=place(self.blocks) if self.type in UNPACKED_TYPES else self.blocks, device=device)
+
+    def from_rope_order(self, values: torch.Tensor, dim: int) -> torch.Tensor:
+        """Reorder dimension `dim` (of `rows` entries) from the file's row order to Hugging Face's."""
+        if not self.rope_heads:
+            return values
+        dim %= values.dim()
+        pairs = values.unflatten(dim, (self.rope_heads, -1, 2))
+        return pairs.transpose(dim + 1, dim + 2).flatten(dim, dim + 2)
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A fresh dequantized copy [rows, columns] in Hugging Face's row order."""
+        values = torch.empty(self.rows, self.columns, dtype=dtype, device=self.device)
+        write_rows(self.blocks, self.type, values)
+        return self.from_rope_order(values, 0)
+
+
+def write_rows(blocks: torch.Tensor, type: GGMLType, out: torch.Tensor) -> None:
+    """Dequantize packed rows, uint8 [n, row_bytes], into `out` [n, columns] of any float dtype and device.
+
+    On the processor ggml does it, with as many threads as torch uses; elsewhere torch operations over the blocks do.
+    """
+    if blocks.device.type != "cpu":
+        out.copy_(unpack_blocks(blocks, type))
+        return
+    if out.device.type == "cpu" and out.dtype == torch.float32:
+        target = out
+    else:
+        target = torch.empty(out.shape, dtype=torch.float32)
+    if not blocks.is_contiguous():
+        blocks = blocks.contiguous()
+    dequantize(blocks.numpy(), type, tuple(target.shape), out=target.numpy(), n_threads=torch.get_num_threads())
+    if target is not out:
+        out.copy_(target)
+
+
+class Workspace:
+    """The numbers of the matrices used last, in one ring of fixed size per device and dtype.
+
+    Backward asks for the matrices that recomputation has just asked for, in reverse: what is still in the ring is not
+    dequantized again. The size bounds the memory, whatever the model's size. A lock is held while a piece is in use.
+    """
+
+    def __init__(self, capacity_bytes: int = WORKSPACE_BYTES) -> None:
+        self.capacity_bytes = capacity_bytes
+        self._lock = threading.RLock()
+        self._rings: dict[tuple[torch.device, torch.dtype], _Ring] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Workspace:
+        return self
+
+    def release(self) -> None:
+        """Give the memory back; the next use takes it again."""
+        with self._lock:
+            self._rings.clear()
+
+    @contextmanager
+    def pieces(
+        self, matrix: PackedMatrix, like: torch.Tensor, reverse: bool = False
+    ) -> Iterator[Iterator[tuple[int, int, torch.Tensor]]]:
+        """Inside the block: yields (first row, end row, numbers [n, columns]) over all rows, in the file's row order.
+
+        Each piece is valid until the next one is asked for. `like` gives device and dtype.
+        """
+        with self._lock:
+            yield self._pieces(matrix, like, reverse)
+
+    def _pieces(
+        self, matrix: PackedMatrix, like: torch.Tensor, reverse: bool
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
+        direct = matrix.direct(like.dtype) if matrix.device == like.device else None
+        if direct is not None:
+            yield 0, matrix.rows, direct
+            return
+        ring = self._rings.get((like.device, like.dtype))
+        if ring is None:
+            ring = _Ring(max(1, self.capacity_bytes // like.element_size()), like.device, like.dtype)
+            self._rings[like.device, like.dtype] = ring
+        step = max(1, min(matrix.rows, ring.capacity // 3 // matrix.columns))
+        starts = range(0, matrix.rows, step)
+        for start in reversed(starts) if reverse else starts:
+            end = min(start + step, matrix.rows)
+            yield start, end, ring.rows(matrix, start, end)
+
+
+class _Ring:
+    """A flat buffer that is filled round and round; an entry lives until the writing position comes back to it."""
+
+    def __init__(self, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.capacity = capacity
+        self._device = device
+        self._dtype = dtype
+        self._flat = torch.empty(0, device=device, dtype=dtype)
+        self._position = 0
+        # insertion order is ring order: the first entry is the one that will be overwritten first
+        self._entries: dict[tuple[int, int], tuple[PackedMatrix, int, int]] = {}
+
+    def rows(self, matrix: PackedMatrix, start: int, end: int) -> torch.Tensor:
+        key = (id(matrix), start)
+        size = (end - start) * matrix.columns
+        found = self._entries.get(key)
+        if found is None:
+            offset = self._take(size)
+        else:
+            offset = found[1]
+        values = self._flat[offset : offset + size].view(end - start, matrix.columns)
+        if found is None:
+            write_rows(matrix.blocks[start:end], matrix.type, values)
+            # the matrix is kept beside its numbers so that its id stays its own
+            self._entries[key] = (matrix, offset, offset + size)
+        return values
+
+    def _take(self, size: int) -> int:
+        if size > self._flat.numel():
+            # one row wider than a third of the ring, or the first use: pages become resident only when written
+            self._entries.clear()
+            self._flat = torch.empty(max(size, self.capacity), device=self._device, dtype=self._dtype)
+            self._position = 0
+        start = self._position if self._position + size <= self._flat.numel() else 0
+        end = start + size
+        for key, (_, first, last) in list(self._entries.items()):
+            if first < end and start < last:
+                del self._entries[key]
+        self._position = end
+        return start
+
+
+class _Multiply(torch.autograd.Function):
+    """x [n, columns] times the matrix transposed -> [n, rows], in the file's row order. Saves no tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, matrix: PackedMatrix, workspace: Workspace) -> torch.Tensor:
+        ctx.matrix, ctx.workspace = matrix, workspace
+        out = x.new_empty(x.shape[0], matrix.rows)
+        with workspace.pieces(matrix, x) as pieces:
+            for start, end, values in pieces:
+                torch.mm(x, values.t(), out=out[:, start:end])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        matrix: PackedMatrix = ctx.matrix
+        with ctx.workspace.pieces(matrix, gradient, reverse=True) as pieces:
+            return _sum_products(gradient, matrix, pieces), None, None
+
+
+def _sum_products(
+    gradient: torch.Tensor, matrix: PackedMatrix, pieces: Iterator[tuple[int, int, torch.Tensor]]
+) -> torch.Tensor:
+    total = gradient.new_empty(gradient.shape[0], matrix.columns)
+    is_first = True
+    for start, end, values in pieces:
+        if is_first:
+            torch.mm(gradient[:, start:end], values, out=total)
+            is_first = False
+        else:
+            total.addmm_(gradient[:, start:end], values)
+    return total
+
+
+def multiply(x: torch.Tensor, matrix: PackedMatrix, workspace: Workspace) -> torch.Tensor:
+    """x [..., columns] times the matrix transposed -> [..., rows], differentiable in x; autocast is followed."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    flat = x.reshape(-1, matrix.columns)
+    product = _Multiply.apply(flat, matrix, workspace)
+    return matrix.from_rope_order(product, 1).reshape(*x.shape[:-1], matrix.rows)
+
+
+class PackedWeight(torch.Tensor):
+    """What `.weight` of a packed layer shows: shape, dtype and device are free, any arithmetic dequantizes first.
+
+    Written for readers (DoRA norms, TRL's slices of the head, initialisers that look at the base). Writing into it is
+    refused: the blocks are a file.
+    """
+
+    matrix: PackedMatrix
+
+    @staticmethod
+    def __new__(cls, matrix: PackedMatrix) -> PackedWeight:
+        shape = (matrix.rows, matrix.columns)
+        weight: PackedWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, dtype=torch.float32, device=matrix.device
+        )
+        weight.matrix = matrix
+        return weight
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"PackedWeight({self.matrix.type.name}, shape={tuple(self.shape)}, device={self.device})"
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return PackedWeight(args[0].matrix)
+        written = [
+            value
+            for argument, value in zip(func._schema.arguments, args, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, PackedWeight)
+        ]
+        if written:
+            raise UnsupportedError(
+                f"{func} would change a weight that is a GGUF file's blocks",
+                why="Packed weights are read-only.",
+                next="Use an initialisation that leaves the base as it is, or merge with: ollama-forge merge",
+            )
+        if func is torch.ops.aten.slice.Tensor and _is_row_slice(args):
+            return _row_slice(*args)
+        return func(*(_opened(value) for value in args), **{key: _opened(value) for key, value in kwargs.items()})
+
+
+def _opened(value: Any) -> Any:
+    if isinstance(value, PackedWeight):
+        return value.matrix.dequantized()
+    if isinstance(value, (list, tuple)):
+        return type(value)(_opened(item) for item in value)
+    return value
+
+
+def _is_row_slice(args: tuple[Any, ...]) -> bool:
+    tensor, dim, _, _, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+    return dim == 0 and step == 1 and not tensor.matrix.rope_heads
+
+
+def _row_slice(
+    weight: PackedWeight, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Any:
+    first, last, _ = slice(start, end).indices(weight.matrix.rows)
+    return replace(weight.matrix, blocks=weight.matrix.blocks[first:last]).dequantized()
+
+
+class PackedLinear(nn.Linear):
+    """`nn.Linear` over GGUF blocks: y = x W^T + b. To peft it is a Linear that it can wrap.
+
+    Args:
+        matrix: the weight, [out_features, in_features].
+        bias: float [out_features] in Hugging Face's row order, or None; frozen.
+        workspace: shared by all layers of a model.
+    """
+
+    def __init__(self, matrix: PackedMatrix, bias: torch.Tensor | None, workspace: Workspace) -> None:
+        nn.Module.__init__(self)
+        self.matrix = matrix
+        self.workspace = workspace
+        self.in_features = matrix.columns
+        self.out_features = matrix.rows
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    # Blocks are no buffer: data-parallel training would broadcast buffers, that is write into the mapped file.
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
+        super()._apply(fn, recurse)
+        self.matrix = self.matrix.moved(fn)
+        return self
+
+    @property
+    def weight(self) -> PackedWeight:  # type: ignore[override]
+        return PackedWeight(self.matrix)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        product = multiply(input, self.matrix, self.workspace)
+        return product if self.bias is None else product + self.bias.to(product.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, type={self.matrix.type.name}"
+
+
+class PackedEmbedding(nn.Embedding):
+    """`nn.Embedding` over GGUF blocks: only the rows that a batch asks for are dequantized.
+
+    Args:
+        matrix: the table, [num_embeddings, embedding_dim].
+        padding_idx: as in `nn.Embedding`; kept for those who read it.
+        embed_scale: what every row is multiplied by (Gemma's square root of the width), a scalar tensor, or None; peft
+            looks for it under this name.
+    """
+
+    def __init__(
+        self, matrix: PackedMatrix, padding_idx: int | None = None, embed_scale: torch.Tensor | None = None
+    ) -> None:
+        nn.Module.__init__(self)
+        self.matrix = matrix
+        if embed_scale is not None:
+            self.register_buffer("embed_scale", embed_scale, persistent=False)
+        self.num_embeddings = matrix.rows
+        self.embedding_dim = matrix.columns
+        self.padding_idx = padding_idx
+        self.max_norm: float | None = None
+        self.norm_type = 2.0
+        self.scale_grad_by_freq = False
+        self.sparse = False
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedEmbedding:
+        super()._apply(fn, recurse)
+        self.matrix = self.matrix.moved(fn)
+        return self
+
+    @property
+    def weight(self) -> PackedWeight:  # type: ignore[override]
+        return PackedWeight(self.matrix)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        ids = input.reshape(-1)
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.num_embeddings):
+            raise TrainingError(
+                f"token ids reach from {int(ids.min())} to {int(ids.max())}",
+                why=f"The model's table has {self.num_embeddings} rows.",
+                next="Tokenize with the tokenizer of this very model.",
+            )
+        wanted, places = torch.unique(ids, return_inverse=True)
+        rows = torch.empty(wanted.numel(), self.embedding_dim, device=input.device)
+        blocks = self.matrix.blocks
+        write_rows(blocks[wanted.to(blocks.device)], self.matrix.type, rows)
+        scale = getattr(self, "embed_scale", None)
+        if scale is not None:
+            rows *= scale.to(rows.dtype)
+        return rows[places].reshape(*input.shape, self.embedding_dim)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, type={self.matrix.type.name}"
+
+
+class PackedExpert(nn.Module):
+    """One expert of a mixture: down(activation(gate(x)) * up(x))."""
+
+    def __init__(
+        self,
+        gate_proj: PackedLinear,
+        up_proj: PackedLinear,
+        down_proj: PackedLinear,
+        activation: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        super().__init__()
+        self.gate_proj = gate_proj
+        self.up_proj = up_proj
+        self.down_proj = down_proj
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return product
+
+
+class PackedExperts(nn.ModuleList):
+    """The experts of one layer, each with linear layers of its own that peft can wrap (`experts.3.up_proj`).
+
+    Stands where transformers has one module with stacked parameters, and takes the same arguments.
+    """
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden_states [n, width], top_k_index and top_k_weights [n, k] -> [n, width]."""
+        n_chosen = top_k_index.shape[-1]
+        order = torch.argsort(top_k_index.reshape(-1), stable=True)
+        counts = torch.bincount(top_k_index.reshape(-1), minlength=len(self)).tolist()
+        mixed = torch.zeros_like(hidden_states)
+        for expert, slots in zip(self, torch.split(order, counts), strict=True):
+            if slots.numel() == 0:
+                continue
+            tokens = slots // n_chosen
+            weights = top_k_weights.reshape(-1)[slots].unsqueeze(-1)
+            mixed = mixed.index_add(0, tokens, (expert(hidden_states[tokens]) * weights).to(mixed.dtype))
+        return mixed
