@@ -21,6 +21,8 @@ LAYERS = [
     ["weights"],
     ["transform", "convert"],
     ["dataset"],
+    ["engine_host"],
+    ["engine_process", "engine_sampling"],
     ["engine"],
     ["store"],
     ["train"],

@@ -1,0 +1,183 @@
+"""The life of the engine's child process: start it, wait until the model is loaded, say why it died, end it.
+
+In: a job (model, adapters, sizes). Out: a process that listens on a keyed loopback port. What is said over that port
+belongs to `engine`; what runs inside the child to `engine_host`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, cast
+
+from ollama_forge.errors import EngineError
+
+LOG_LINES_KEPT = 200
+LOG_LINE_BYTES = 2000
+END_TIMEOUT_SECONDS = 5.0
+
+_ALLOWED_ENVIRONMENT = re.compile(
+    r"PATH|HOME|USERPROFILE|TMPDIR|TEMP|TMP|LANG|LC_[A-Z]+|TZ|SYSTEMROOT|WINDIR|COMSPEC|PROGRAMDATA|LOCALAPPDATA"
+    r"|LD_LIBRARY_PATH|DYLD_LIBRARY_PATH|(CUDA|HIP|ROCR|ONEAPI|GPU)_VISIBLE_DEVICES|CUDA_DEVICE_ORDER"
+    r"|OMP_NUM_THREADS|VK_ICD_FILENAMES|HSA_OVERRIDE_GFX_VERSION"
+)
+_LOG_PREFIX = re.compile(r"^(?:\d+\.)+\d+ ([DIWE]) +")
+_TELLING = re.compile(
+    r"GGML_ASSERT|error|failed|abort|terminate|what\(\)|out of memory|cannot|unable|invalid", re.IGNORECASE
+)
+_EMPTY_WORDS = ("exiting due to", "llama_model_load_from_file_impl: failed to load model", "common_fit_params:")
+_HOST = Path(__file__).with_name("engine_host.py")
+
+
+class EngineProcess:
+    """A running child. `url` and `key` say how to talk to it.
+
+    Raises:
+        EngineError: the model does not load, the child dies, or loading takes longer than `timeout_seconds`.
+    """
+
+    def __init__(self, job: Mapping[str, object], *, model_path: Path, timeout_seconds: float) -> None:
+        self.model_path = model_path
+        self.key = secrets.token_hex(32)
+        self._log: deque[str] = deque(maxlen=LOG_LINES_KEPT)
+        self._process = _start()
+        self._stdin = cast(IO[bytes], self._process.stdin)
+        self._stdout = cast(IO[bytes], self._process.stdout)
+        self._stderr = cast(IO[bytes], self._process.stderr)
+        self._logger = threading.Thread(target=self._read_log, daemon=True)
+        self._logger.start()
+        try:
+            self.url = self._load(job, timeout_seconds)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def _load(self, job: Mapping[str, object], timeout_seconds: float) -> str:
+        secret = {"key": self.key, "parent_pid": os.getpid(), "import_path": [entry for entry in sys.path if entry]}
+        with contextlib.suppress(BrokenPipeError):
+            self._stdin.write(json.dumps({**job, **secret}).encode() + b"\n")
+            self._stdin.flush()
+        replies: queue.Queue[bytes] = queue.Queue()
+        threading.Thread(target=lambda: replies.put(self._stdout.readline()), daemon=True).start()
+        try:
+            line = replies.get(timeout=timeout_seconds)
+        except queue.Empty:
+            raise EngineError(
+                f"llama.cpp did not load {str(self.model_path)!r} within {timeout_seconds:g} seconds",
+                why=self.last_words(),
+                next="Wait until the machine is less busy, or try a smaller quantization or a smaller --param num_ctx.",
+            ) from None
+        reply = json.loads(line) if line else {}
+        if "url" in reply:
+            return str(reply["url"])
+        raise EngineError(
+            f"llama.cpp could not load {str(self.model_path)!r}" + ("" if line else f": {self._ending()}"),
+            why=self.last_words() or str(reply.get("error", "")),
+            next="Check the file with `ollama-forge show`, or fetch or convert the model again.",
+        )
+
+    def death(self, doing: str) -> EngineError | None:
+        """The error to raise when the child is gone, or None while it lives. A dying child gets a moment to be gone."""
+        try:
+            self._process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            return None
+        return EngineError(
+            f"llama.cpp stopped while it was to {doing} with {str(self.model_path)!r}: {self._ending()}",
+            why=self.last_words(),
+            next="If the machine ran out of memory, try a smaller quantization or --param num_ctx; else check the file "
+            "with `ollama-forge verify`.",
+        )
+
+    def last_words(self) -> str:
+        """llama.cpp's last lines that tell of trouble (or its last lines), without the timestamps."""
+        if self._process.poll() is not None:
+            self._logger.join(timeout=1.0)
+        lines = [_LOG_PREFIX.sub("", line) for line in list(self._log)]
+        telling = [line for line in lines if _TELLING.search(line) and not _SAYS_NOTHING.match(line)]
+        chosen = list(dict.fromkeys(telling or lines))[-6:]
+        return "\n".join(line[:500] for line in chosen)
+
+    def close(self) -> None:
+        """End the child and wait for it; its memory is free afterwards."""
+        self._close_stdin()
+        try:
+            self._process.wait(timeout=END_TIMEOUT_SECONDS)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            self.kill()
+        self._logger.join(timeout=1.0)
+        if not self._logger.is_alive():
+            self._stderr.close()
+        self._stdout.close()
+
+    def kill(self) -> None:
+        """End the child at once."""
+        self._process.kill()
+        self._process.wait()
+
+    def _close_stdin(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._stdin.close()
+
+    def _ending(self) -> str:
+        try:
+            code = self._process.wait(timeout=END_TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "no answer"
+        if code < 0:
+            name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
+            return f"killed by {name}"
+        return f"exit code {code}"
+
+    def _read_log(self) -> None:
+        while line := self._stderr.readline(LOG_LINE_BYTES):
+            text = line.decode("utf-8", "replace").rstrip()
+            if text:
+                self._log.append(text)
+
+
+def _start() -> subprocess.Popen[bytes]:
+    environment = {name: value for name, value in os.environ.items() if _ALLOWED_ENVIRONMENT.fullmatch(name.upper())}
+    # Otherwise an abort of ggml starts a debugger to print a backtrace.
+    environment["GGML_NO_BACKTRACE"] = "1"
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-I", str(_HOST)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,
+        )
+    except OSError as exc:
+        raise EngineError(
+            f"The engine's process could not be started: {exc}",
+            why=f"It runs {sys.executable!r}.",
+            next="Run `ollama-forge check`.",
+        ) from exc
+
+
+def usable_threads() -> int | None:
+    """Cores that this process may use, or None where that is all of them (llama.cpp then counts the physical ones)."""
+    n_cores = os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if sys.platform.startswith("linux") else n_cores
+    with contextlib.suppress(OSError, ValueError):
+        # A container's share of processor time (cgroup v2): "max 100000" or "200000 100000".
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        allowed = min(allowed, max(1, int(quota) // int(period)))
+    return allowed if allowed < n_cores else None
