@@ -36,7 +36,9 @@ _LOG_PREFIX = re.compile(r"^(?:\d+\.)+\d+ ([DIWE]) +")
 _TELLING = re.compile(
     r"GGML_ASSERT|error|failed|abort|terminate|what\(\)|out of memory|cannot|unable|invalid", re.IGNORECASE
 )
-_EMPTY_WORDS = ("exiting due to", "llama_model_load_from_file_impl: failed to load model", "common_fit_params:")
+_SAYS_NOTHING = re.compile(
+    r"srv +init: exiting due to|common_fit_params:|llama_model_load_from_file_impl:|(cmn|srv) +\S+: failed to load model"
+)
 _HOST = Path(__file__).with_name("engine_host.py")
 
 
