@@ -30,8 +30,8 @@ LIBRARY_VARIABLE = "OLLAMA_FORGE_GGML_LIBRARY"
 IMATRIX_TYPES = frozenset({GGMLType.IQ2_XXS, GGMLType.IQ2_XS, GGMLType.IQ1_S})
 """Types that ggml refuses to quantize without an importance matrix (`ggml_quantize_requires_imatrix`)."""
 
-MAX_WEIGHT = 65504.0
-"""The largest weight that a block type takes: its scale is a float16, and ggml's squared errors overflow beyond."""
+MAX_WEIGHT = 32768.0
+"""The largest weight that a block type takes: scales are float16, and ggml's sums of squares overflow beyond."""
 
 _MAX_IMPORTANCE = 1e16  # importance * weight**2: above it ggml's float32 sums overflow and its assertions abort
 _TARGET_ELEMENTS = 1 << 19  # per call: small enough to share out evenly, and far below ggml's int counters

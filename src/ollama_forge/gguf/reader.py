@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
 
-from ollama_forge.errors import GGUFError, NotFoundError, UnsafeFileError, UnsupportedError
+from ollama_forge.errors import GGUFError, NotFoundError, UnsafeFileError
 from ollama_forge.files import disk_error
 from ollama_forge.gguf.header import GGUFArray, GGUFField, GGUFTensor, Header, parse_header
 from ollama_forge.gguf.types import ValueType
@@ -150,9 +150,8 @@ def open_gguf(path: Path) -> GGUFFile:
 
     Raises:
         NotFoundError: no such file, or a shard of the set is missing.
-        GGUFError: not GGUF, or its numbers do not agree.
+        GGUFError: not GGUF, big-endian, of another version, or its numbers do not agree.
         UnsafeFileError: a pickle.
-        UnsupportedError: a big-endian or version 1 file.
         DiskError: the system refused to read it.
     """
     path = _first_shard(Path(path))
@@ -215,12 +214,12 @@ def _require_version(path: Path, content: mmap.mmap) -> None:
     if version in (2, 3):
         return
     if struct.unpack_from(">I", content, 4)[0] in (1, 2, 3):
-        raise UnsupportedError(
+        raise GGUFError(
             f"{str(path)!r} is a big-endian GGUF file",
             why="It was made for another kind of machine; Ollama and this tool read little-endian files.",
             next="Get the little-endian file, or convert this one with gguf_convert_endian.py of llama.cpp.",
         )
-    raise UnsupportedError(
+    raise GGUFError(
         f"{str(path)!r} is GGUF version {version}; versions 2 and 3 are read",
         why="Version 1 was replaced in August 2023." if version == 1 else "No such version is known, or it is newer.",
         next="Get a current export of the model.",
