@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     Array = numpy.ndarray
 
 
-def heads_of(transform: Transform, config: ModelConfig) -> int:
-    """Number of heads whose rows are permuted."""
-    return config.n_heads if transform is Transform.PERMUTE_QUERY else config.n_kv_heads
-
-
 def to_gguf(array: Array, transform: Transform, config: ModelConfig) -> Array:
     """Hugging Face numbers to GGUF numbers; shape [outputs, inputs] or [n]. The dtype stays.
 
@@ -34,7 +29,7 @@ def to_gguf(array: Array, transform: Transform, config: ModelConfig) -> Array:
     if transform is Transform.ADD_ONE:
         return array + array.dtype.type(1)
     if transform in (Transform.PERMUTE_QUERY, Transform.PERMUTE_KEY):
-        heads = _checked_heads(array.shape[0], transform, config)
+        heads = head_count(array.shape[0], transform, config)
         split = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
         return split.swapaxes(1, 2).reshape(array.shape)
     return array
@@ -51,7 +46,7 @@ def to_hf(array: Array, transform: Transform, config: ModelConfig) -> Array:
     if transform is Transform.ADD_ONE:
         return array - array.dtype.type(1)
     if transform in (Transform.PERMUTE_QUERY, Transform.PERMUTE_KEY):
-        heads = _checked_heads(array.shape[0], transform, config)
+        heads = head_count(array.shape[0], transform, config)
         split = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
         return split.swapaxes(1, 2).reshape(array.shape)
     return array
@@ -68,7 +63,7 @@ def source_rows(n_rows: int, transform: Transform, config: ModelConfig) -> list[
     """
     if transform not in (Transform.PERMUTE_QUERY, Transform.PERMUTE_KEY):
         return list(range(n_rows))
-    heads = _checked_heads(n_rows, transform, config)
+    heads = head_count(n_rows, transform, config)
     size = n_rows // heads
     return [
         head * size + half * (size // 2) + pair for head in range(heads) for pair in range(size // 2) for half in (0, 1)
@@ -80,8 +75,13 @@ def hf_shape(shape: tuple[int, ...], transform: Transform) -> tuple[int, ...]:
     return tuple(reversed(shape)) if transform is Transform.TRANSPOSE else shape
 
 
-def _checked_heads(n_rows: int, transform: Transform, config: ModelConfig) -> int:
-    heads = heads_of(transform, config)
+def head_count(n_rows: int, transform: Transform, config: ModelConfig) -> int:
+    """Number of heads among which the rows of a permuted tensor are shared out.
+
+    Raises:
+        FormatError: they cannot be.
+    """
+    heads = config.n_heads if transform is Transform.PERMUTE_QUERY else config.n_kv_heads
     if n_rows % (2 * heads):
         raise FormatError(
             f"A projection of {n_rows:,} rows cannot be shared out among {heads} heads",
