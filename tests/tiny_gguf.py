@@ -61,9 +61,14 @@ def tensor_shapes(n_vocab: int) -> dict[str, tuple[int, ...]]:
 
 
 def write_tiny_gguf(
-    path: Path, *, seed: int = 0, architecture: str = "llama", chat_template: str | None = CHATML, eos_bias: float = 0.0
+    path: Path,
+    *,
+    seed: int = 0,
+    architecture: str = "llama",
+    chat_template: str | None = CHATML,
+    ends_at_once: bool = False,
 ) -> Path:
-    """Write the model; `eos_bias` > 0 makes `</s>` likely, so that generations end by themselves."""
+    """Write the model: it babbles letters and syllables without end, or, with `ends_at_once`, says only `</s>`."""
     tokens = vocabulary()
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
@@ -88,13 +93,20 @@ def write_tiny_gguf(
     if chat_template:
         writer.add_chat_template(chat_template)
     random = np.random.default_rng(seed)
+    n_silent = next(rank for rank, (_, _, kind) in enumerate(tokens) if kind == int(gguf.TokenType.NORMAL))
     for name, shape in tensor_shapes(len(tokens)).items():
+        array = random.standard_normal(shape, dtype=np.float32) * np.float32(0.3)
         if name.endswith("_norm.weight"):
             array = np.ones(shape, dtype=np.float32)
-        else:
-            array = random.standard_normal(shape, dtype=np.float32) * np.float32(1.0 if "token_embd" in name else 0.3)
-        if name == "output.weight" and eos_bias:
-            array[2] += eos_bias * array.mean(axis=0)
+        elif name == "token_embd.weight":
+            array *= np.float32(3.0)
+            # A part that every hidden state shares, so that one row of the output can answer to all of them.
+            array[:, 0] = 4.0
+        elif name == "output.weight":
+            array *= np.float32(3.0)
+            array[:n_silent] = 0.0
+            array[:n_silent, 0] = -10.0
+            array[2, 0] = 100.0 if ends_at_once else -10.0
         writer.add_tensor(name, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

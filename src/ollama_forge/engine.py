@@ -93,9 +93,11 @@ class Engine:
         n_vocab: tokens that the model knows (rows of its output).
     """
 
-    def __init__(self, process: EngineProcess, *, has_template: bool, request_timeout_seconds: float) -> None:
+    def __init__(
+        self, process: EngineProcess, *, no_template: EngineError | None, request_timeout_seconds: float
+    ) -> None:
         self._process = process
-        self._has_template = has_template
+        self._no_template = no_template
         self._timeout_seconds = request_timeout_seconds
         self.model_path = process.model_path
         properties = self._call("GET", "/props", None, "read its properties", None)
@@ -149,12 +151,8 @@ class Engine:
         Raises:
             EngineError: the model has no chat template, or it refuses the conversation.
         """
-        if not self._has_template:
-            raise EngineError(
-                f"{str(self.model_path)!r} has no chat template",
-                why="Its GGUF has no tokenizer.chat_template, so nobody knows how a conversation is written for it.",
-                next="Use it with a plain prompt, or choose a template (chatml is the most common).",
-            )
+        if self._no_template:
+            raise self._no_template
         body: dict[str, Any] = {
             "messages": [dict(message) for message in messages],
             "add_generation_prompt": add_generation_prompt,
@@ -345,23 +343,46 @@ def open_engine(
         "n_gpu_layers": n_gpu_layers,
         "chat_template": chat_template,
     }
-    process = EngineProcess(job, model_path=gguf_path, timeout_seconds=timeout_seconds)
+    no_template = None if chat_template else _missing_template(gguf_path)
     try:
-        has_template = chat_template is not None or _has_chat_template(gguf_path)
-        return Engine(process, has_template=has_template, request_timeout_seconds=request_timeout_seconds)
+        process = EngineProcess(job, model_path=gguf_path, timeout_seconds=timeout_seconds)
+    except EngineError as exc:
+        if chat_template or no_template or "chat template" not in exc.why:
+            raise
+        no_template = _unusable_template(gguf_path, exc.why)
+        process = EngineProcess(
+            {**job, "chat_template": "chatml"}, model_path=gguf_path, timeout_seconds=timeout_seconds
+        )
+    try:
+        return Engine(process, no_template=no_template, request_timeout_seconds=request_timeout_seconds)
     except BaseException:
         process.close()
         raise
 
 
-def _has_chat_template(gguf_path: Path) -> bool:
-    # llama.cpp answers with chatml where there is none.
+def _missing_template(gguf_path: Path) -> EngineError | None:
+    """What `chat` answers for a model without template; llama.cpp itself would use chatml, and nobody would know."""
     try:
         with open_gguf(gguf_path) as file:
-            return bool(file.metadata.get("tokenizer.chat_template"))
+            if file.metadata.get("tokenizer.chat_template"):
+                return None
     except ForgeError:
-        # A file that llama.cpp reads and our reader refuses is llama.cpp's to judge.
-        return True
+        # A file that our reader refuses is llama.cpp's to judge.
+        return None
+    return EngineError(
+        f"{str(gguf_path)!r} has no chat template",
+        why="Its GGUF has no tokenizer.chat_template, so nobody knows how a conversation is written for it.",
+        next="Use it with a plain prompt, or choose a template (chatml is the most common).",
+    )
+
+
+def _unusable_template(gguf_path: Path, why: str) -> EngineError:
+    """What `chat` answers for a model whose template llama.cpp refuses at loading; plain prompts still work."""
+    return EngineError(
+        f"The chat template of {str(gguf_path)!r} cannot be used by llama.cpp",
+        why=why,
+        next="See it with `ollama-forge show`, correct it, and make the model again.",
+    )
 
 
 def _completion_body(

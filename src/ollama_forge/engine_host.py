@@ -29,9 +29,11 @@ def main() -> None:
     reply = {"url": server.listening_address} if not isinstance(server, str) else {"error": server}
     replies.write(json.dumps(reply).encode() + b"\n")
     replies.flush()
-    if "url" in reply:
-        _die_with_parent(job["parent_pid"], 0)
-        sys.stdin.buffer.read()
+    if "error" in reply:
+        # An ordinary end, so that llama.cpp's log thread writes what it still holds.
+        return
+    _die_with_parent(job["parent_pid"], 0)
+    sys.stdin.buffer.read()
     # The server's destructor can wait for ever, and there is nothing to save: leave at once.
     os._exit(0)
 

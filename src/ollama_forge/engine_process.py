@@ -37,7 +37,8 @@ _TELLING = re.compile(
     r"GGML_ASSERT|error|failed|abort|terminate|what\(\)|out of memory|cannot|unable|invalid", re.IGNORECASE
 )
 _SAYS_NOTHING = re.compile(
-    r"srv +init: exiting due to|common_fit_params:|llama_model_load_from_file_impl:|(cmn|srv) +\S+: failed to load model"
+    r"srv +init: exiting due to|common_fit_params:|llama_model_load_from_file_impl:"
+    r"|(cmn|srv) +\S+: failed to load model"
 )
 _HOST = Path(__file__).with_name("engine_host.py")
 
@@ -87,8 +88,9 @@ class EngineProcess:
         reply = json.loads(line) if line else {}
         if "url" in reply:
             return str(reply["url"])
+        ending = self._ending()
         raise EngineError(
-            f"llama.cpp could not load {str(self.model_path)!r}" + ("" if line else f": {self._ending()}"),
+            f"llama.cpp could not load {str(self.model_path)!r}" + ("" if line else f": {ending}"),
             why=self.last_words() or str(reply.get("error", "")),
             next="Check the file with `ollama-forge show`, or fetch or convert the model again.",
         )
@@ -116,25 +118,15 @@ class EngineProcess:
         return "\n".join(line[:500] for line in chosen)
 
     def close(self) -> None:
-        """End the child and wait for it; its memory is free afterwards."""
-        self._close_stdin()
-        try:
-            self._process.wait(timeout=END_TIMEOUT_SECONDS)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            self.kill()
-        self._logger.join(timeout=1.0)
-        if not self._logger.is_alive():
-            self._stderr.close()
-        self._stdout.close()
-
-    def kill(self) -> None:
-        """End the child at once."""
+        """End the child at once (it has nothing to save) and wait for it; its memory is free afterwards."""
         self._process.kill()
         self._process.wait()
-
-    def _close_stdin(self) -> None:
+        self._logger.join(timeout=1.0)
         with contextlib.suppress(BrokenPipeError):
             self._stdin.close()
+        self._stdout.close()
+        if not self._logger.is_alive():
+            self._stderr.close()
 
     def _ending(self) -> str:
         try:
