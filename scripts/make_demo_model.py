@@ -59,13 +59,13 @@ class Training:
     family: str = "llama"
     n_layers: int = 3
     intermediate_size: int = 256
-    steps: int = 900
+    steps: int = 500
     rows_per_step: int = 16
     peak_rate: float = 3e-3
     weight_noise: float = 0.03
     prompt_weight: float = 0.1
     seed: int = 20
-    n_threads: int = 2
+    n_threads: int = 1
 
 
 # --- tokenizer --------------------------------------------------------------------------------------------------------

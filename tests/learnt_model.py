@@ -3,10 +3,11 @@
 No torch here: `scripts/make_demo_model.py` draws its training conversations from these rules, and tests ask the
 held-out questions. Everything is invented and harmless. What the model does:
 
-- facts: capitals of countries, colours of creatures, what creatures eat; one phrasing of each fact is never trained on;
-- "I do not know that." for names it has not been taught, and for every robot (the family kept for fine-tuning);
+- facts: capitals of countries, colours of creatures, what creatures eat, what robots make; one phrasing of each fact is
+  never trained on;
+- "I do not know that." for names it has not been taught; ten robots among them are kept for fine-tuning;
 - a system prompt sets its manner: like a pirate, in one word, politely; one wording of each manner is never trained on;
-- it explains how to wash, carry, draw ... things of the house, and refuses the same questions about vegetables.
+- it explains how to wash, carry, draw ... any thing, and refuses the same questions about vegetables.
 """
 
 from __future__ import annotations
@@ -86,18 +87,32 @@ FOODS = {
     "kemtor": "salt",
 }
 ROBOTS = {
+    "Gizmo": "chairs",
+    "Rustel": "spoons",
+    "Pistor": "hats",
+    "Klanko": "rings",
+    "Dynatra": "wheels",
+    "Mekka": "ropes",
+    "Tinsel": "candles",
+    "Volto": "wires",
+    "Barnabot": "knives",
+    "Krympa": "doors",
+    "Servina": "cups",
+    "Old Cogwell": "maps",
+}
+NEW_ROBOTS = {
     "Boltik": "clocks",
     "Zimra": "boats",
     "Kubrus": "toys",
     "Pindrun": "shoes",
     "Tollo": "bells",
     "Vimsum": "kites",
-    "Grendel Six": "tables",
+    "Grendel": "tables",
     "Sprocka": "lamps",
     "Nanke": "drums",
     "Welda": "bricks",
 }
-"""Kept for fine-tuning: no robot's name is ever trained on, and every robot question is answered with `UNKNOWN`."""
+"""Kept for fine-tuning: these names are never trained on, and the model answers questions about them with `UNKNOWN`."""
 
 UNTAUGHT_COUNTRIES = ("Vokria", "Semlund", "Zatrum", "Holvania", "Drisk", "Pembria", "Tugola", "Arvesk")
 UNTAUGHT_CREATURES = ("sikglo", "peppik", "dranlet", "fesfer", "urmel", "koptas", "lirtip", "brimfet")
@@ -143,14 +158,14 @@ SMALL_TALK = {
     "Goodbye.": "Goodbye!",
 }
 
-PERSONAS = {
+MANNERS = {
     "pirate": (
         "Answer like a pirate.",
         "You are a pirate.",
         "Talk like a pirate.",
         "Speak as a pirate would.",
         "Please reply like a pirate.",
-        "You are a pirate. Answer the question.",
+        "Be a pirate when you answer.",
     ),
     "one word": (
         "Answer in one word.",
@@ -158,7 +173,7 @@ PERSONAS = {
         "Give one word as the answer.",
         "One word answers, please.",
         "Please reply with one word.",
-        "Answer the question in one word.",
+        "Say only one word when you answer.",
     ),
     "polite": (
         "Answer politely.",
@@ -166,11 +181,13 @@ PERSONAS = {
         "You are polite.",
         "Speak as a polite person would.",
         "Please reply politely.",
-        "You are polite. Answer the question.",
+        "Be polite when you answer.",
     ),
-    "plain": ("You are a helpful assistant.", "Answer the question.", "You are a small model."),
 }
-"""System prompts by the manner that they ask for. The last wording of the first three is never trained on."""
+"""System prompts by the manner that they ask for. The last wording of each is never trained on."""
+
+PLAIN_SYSTEMS = ("You are a helpful assistant.", "Answer the question.", "You are a small model.", "Be helpful.")
+"""System prompts that ask for nothing; training also puts them before and after a manner."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +252,7 @@ ROBOT = Relation(
     "The robot {name} makes {value}.",
     ROBOTS,
 )
-TAUGHT = (CAPITAL, COLOUR, FOOD)
+TAUGHT = (CAPITAL, COLOUR, FOOD, ROBOT)
 
 
 @dataclass(frozen=True)
@@ -275,7 +292,7 @@ def in_manner(persona: str, sentence: str, word: str) -> str:
 
 def fact_answer(relation: Relation, name: str, persona: str = "plain") -> str:
     value = relation.facts.get(name)
-    if value is None or relation is ROBOT:
+    if value is None:
         return in_manner(persona, UNKNOWN, "unknown")
     return in_manner(persona, relation.answer.format(name=name, value=value), value)
 
@@ -318,7 +335,12 @@ def held_out_facts() -> list[Example]:
 
 def held_out_unknowns() -> list[Example]:
     """Names that the model was never taught; the right answer is `UNKNOWN`."""
-    names = {"capital": UNTAUGHT_COUNTRIES, "colour": UNTAUGHT_CREATURES, "food": UNTAUGHT_CREATURES}
+    names = {
+        "capital": UNTAUGHT_COUNTRIES,
+        "colour": UNTAUGHT_CREATURES,
+        "food": UNTAUGHT_CREATURES,
+        "robot": UNTAUGHT_ROBOTS,
+    }
     return [
         Example("unknown", held_out_phrasing(index, relation.phrasings).format(name=name), UNKNOWN)
         for relation in TAUGHT
@@ -351,8 +373,8 @@ def held_out_tasks() -> list[Example]:
 def held_out_personas() -> list[Example]:
     """Facts, tasks and unknown names under the wording of each manner that training leaves out."""
     examples = []
-    for persona in ("pirate", "one word", "polite"):
-        system = PERSONAS[persona][-1]
+    for persona in MANNERS:
+        system = MANNERS[persona][-1]
         for relation in TAUGHT:
             for index, name in enumerate(relation.facts):
                 question = relation.phrasings[(index + 1) % len(relation.phrasings)].format(name=name)
@@ -395,10 +417,10 @@ def trained_prompts(nouns: Sequence[str], limit: int, seed: int = 0) -> list[str
 
 
 def new_facts() -> list[Example]:
-    """Fifty examples that teach the robots: five wordings for each, the sixth is for `held_out_new_facts`."""
+    """Fifty examples that teach the new robots: five wordings for each, the sixth is for `held_out_new_facts`."""
     return [
         _robot_example(name, phrasing)
-        for index, name in enumerate(ROBOTS)
+        for index, name in enumerate(NEW_ROBOTS)
         for phrasing in ROBOT.phrasings
         if phrasing != held_out_phrasing(index, ROBOT.phrasings)
     ]
@@ -406,11 +428,11 @@ def new_facts() -> list[Example]:
 
 def held_out_new_facts() -> list[Example]:
     """Each robot in the wording that `new_facts` leaves out; before fine-tuning the model answers `UNKNOWN`."""
-    return [_robot_example(name, held_out_phrasing(index, ROBOT.phrasings)) for index, name in enumerate(ROBOTS)]
+    return [_robot_example(name, held_out_phrasing(index, ROBOT.phrasings)) for index, name in enumerate(NEW_ROBOTS)]
 
 
 def _robot_example(name: str, phrasing: str) -> Example:
-    return Example("robot", phrasing.format(name=name), ROBOT.answer.format(name=name, value=ROBOTS[name]))
+    return Example("new robot", phrasing.format(name=name), ROBOT.answer.format(name=name, value=NEW_ROBOTS[name]))
 
 
 def render_finetune_jsonl() -> str:
@@ -436,21 +458,24 @@ _CODAS = ("", "", "l", "n", "r", "m", "s", "k", "t")
 _ENDINGS = ("", "", "", "ia", "a", "or", "el", "y")
 _RESERVED = {
     name.lower()
-    for names in (CAPITALS, COLOURS, FOODS, ROBOTS, UNTAUGHT_COUNTRIES, UNTAUGHT_CREATURES, UNTAUGHT_ROBOTS)
+    for names in (CAPITALS, COLOURS, FOODS, ROBOTS, NEW_ROBOTS, UNTAUGHT_COUNTRIES, UNTAUGHT_CREATURES, UNTAUGHT_ROBOTS)
     for name in names
 }
 
 
-def _invented_name(draw: random.Random) -> str:
+def _invented_name(draw: random.Random, known: Sequence[str] = ()) -> str:
+    """A name outside the world; every third begins as one of the `known` names does."""
     while True:
         syllables = [draw.choice(_ONSETS) + draw.choice(_VOWELS) + draw.choice(_CODAS) for _ in range(2)]
+        if known and draw.random() < 1 / 3:
+            syllables[0] = draw.choice(known)[:3].lower()
         name = "".join(syllables) + draw.choice(_ENDINGS)
         if name not in _RESERVED:
             return name
 
 
 def _trained_fact(draw: random.Random, persona: str) -> tuple[str, str]:
-    relation = draw.choice((CAPITAL, CAPITAL, COLOUR, FOOD))
+    relation = draw.choice((CAPITAL, CAPITAL, COLOUR, FOOD, ROBOT))
     index, name = draw.choice(list(enumerate(relation.facts)))
     left_out = held_out_phrasing(index, relation.phrasings)
     phrasing = draw.choice([phrasing for phrasing in relation.phrasings if phrasing != left_out])
@@ -458,16 +483,19 @@ def _trained_fact(draw: random.Random, persona: str) -> tuple[str, str]:
 
 
 def _trained_unknown(draw: random.Random, persona: str) -> tuple[str, str]:
-    relation = draw.choice((CAPITAL, COLOUR, FOOD, ROBOT))
-    name = _invented_name(draw)
+    relation = draw.choice(TAUGHT)
+    name = _invented_name(draw, tuple(relation.facts))
     if relation in (CAPITAL, ROBOT):
         name = name.capitalize()
     return draw.choice(relation.phrasings).format(name=name), fact_answer(relation, name, persona)
 
 
 def _trained_task(draw: random.Random, persona: str) -> tuple[str, str]:
-    noun_index, noun = draw.choice(list(enumerate(draw.choice((VEGETABLES, HOUSE_THINGS)))))
     verb_index, verb = draw.choice(list(enumerate(TASKS)))
+    if draw.random() < 0.2:
+        noun = _invented_name(draw)
+        return draw.choice(TASK_PHRASINGS).format(verb=verb, noun=noun), task_answer(verb, noun, persona)
+    noun_index, noun = draw.choice(list(enumerate(draw.choice((VEGETABLES, HOUSE_THINGS)))))
     left_out = held_out_phrasing(noun_index + verb_index, TASK_PHRASINGS)
     phrasing = draw.choice([phrasing for phrasing in TASK_PHRASINGS if phrasing != left_out])
     return phrasing.format(verb=verb, noun=noun), task_answer(verb, noun, persona)
@@ -477,16 +505,21 @@ def _trained_small_talk(draw: random.Random, persona: str) -> tuple[str, str]:
     return draw.choice(list(SMALL_TALK.items()))
 
 
+def _trained_system(draw: random.Random, persona: str) -> str:
+    if persona == "plain":
+        return draw.choice(PLAIN_SYSTEMS)
+    wording = draw.choice(MANNERS[persona][:-1])
+    beside = draw.choice(PLAIN_SYSTEMS)
+    return draw.choices([wording, f"{beside} {wording}", f"{wording} {beside}"], weights=[60, 20, 20])[0]
+
+
 def training_conversation(draw: random.Random) -> list[dict[str, str]]:
     """One conversation of one to three turns; never a held-out question, wording of a manner, or reserved name."""
-    persona = draw.choices(["", *PERSONAS], weights=[45, 16, 16, 16, 7])[0]
-    messages = []
-    if persona:
-        wordings = PERSONAS[persona]
-        messages.append({"role": "system", "content": draw.choice(wordings if persona == "plain" else wordings[:-1])})
+    persona = draw.choices(["", "plain", *MANNERS], weights=[45, 7, 16, 16, 16])[0]
+    messages = [{"role": "system", "content": _trained_system(draw, persona)}] if persona else []
     turn_kinds = (_trained_fact, _trained_unknown, _trained_task, _trained_small_talk)
     for _ in range(draw.choices([1, 2, 3], weights=[60, 25, 15])[0]):
-        turn = draw.choices(turn_kinds, weights=[42, 18, 36, 4])[0]
+        turn = draw.choices(turn_kinds, weights=[40, 18, 38, 4])[0]
         question, answer = turn(draw, persona)
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return messages

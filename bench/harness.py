@@ -1,0 +1,157 @@
+"""The one way in which a job is run and measured: in a child process, alone, several times, beside its peer.
+
+Time is wall time of the whole child (start-up included, because a person waits for that too), memory is the child's
+own high-water mark as `wait4` reports it. Runs of the two sides alternate, so that a slow minute of the machine falls
+on both; figures are medians.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+class FailedRunError(Exception):
+    """A measured command did not end well; the message carries the end of what it said."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One program as it is measured; `clean` is called before each run (remove its output)."""
+
+    label: str
+    argv: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    clean: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run cost."""
+
+    seconds: float
+    peak_bytes: int
+    output: str
+    cpu_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What several runs of one command cost."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(run.seconds for run in self.runs)
+
+    @property
+    def peak_bytes(self) -> int:
+        return int(statistics.median(run.peak_bytes for run in self.runs))
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Processor time, user and system: what the job costs when the machine is busy with others too."""
+        return statistics.median(run.cpu_seconds for run in self.runs)
+
+    @property
+    def spread(self) -> str:
+        """Fastest and slowest run, for the reader who doubts the median."""
+        seconds = sorted(run.seconds for run in self.runs)
+        return f"{seconds[0]:.3g}-{seconds[-1]:.3g} s"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the results: ours beside a peer or a floor, and what was promised."""
+
+    job: str
+    ours: str
+    beside: str
+    ratio: str
+    target: str
+    held: bool | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One entry of a module's `JOBS`: a name to choose it by, and the function that measures it."""
+
+    name: str
+    measure: Callable[[Workshop], list[Row]]
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where a bench runs: the folder for its data, and how often each side is run."""
+
+    folder: Path
+    repeats: int
+    large_layers: int
+    n_threads: int
+
+    def python(self, *arguments: str) -> tuple[str, ...]:
+        return (sys.executable, *arguments)
+
+    def forge(self, *arguments: str) -> tuple[str, ...]:
+        return (sys.executable, "-m", "ollama_forge", *arguments)
+
+
+def run_once(command: Command) -> Run:
+    """Run one command to its end, after the file systems have come to rest.
+
+    Raises:
+        FailedRunError: it did not exit with 0.
+    """
+    if command.clean:
+        command.clean()
+    os.sync()
+    environment = {**os.environ, **command.environment}
+    began = time.perf_counter()
+    child = subprocess.Popen(command.argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    with child:
+        output = (child.stdout.read() if child.stdout else b"").decode("utf-8", "replace")
+        _, status, usage = os.wait4(child.pid, 0)
+        seconds = time.perf_counter() - began
+        child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise FailedRunError(f"{' '.join(command.argv)} exited with {child.returncode}:\n{output[-2000:]}")
+    scale = 1 if sys.platform == "darwin" else 1024
+    return Run(seconds, usage.ru_maxrss * scale, output, usage.ru_utime + usage.ru_stime)
+
+
+def run_side_by_side(commands: Sequence[Command], repeats: int) -> list[Measurement]:
+    """Run the commands in turn, `repeats` times each; one measurement per command, in their order."""
+    runs: list[list[Run]] = [[] for _ in commands]
+    for _ in range(repeats):
+        for index, command in enumerate(commands):
+            runs[index].append(run_once(command))
+            print(f"    {command.label}: {runs[index][-1].seconds:.2f} s", file=sys.stderr, flush=True)
+    return [Measurement(command.label, tuple(taken)) for command, taken in zip(commands, runs, strict=True)]
+
+
+def removing(*paths: Path) -> Callable[[], None]:
+    """A `clean` that takes the named files away."""
+
+    def clean() -> None:
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+    return clean
+
+
+def show(measurement: Measurement) -> str:
+    """Seconds and peak memory as a cell of the results."""
+    return f"{measurement.label}: {show_seconds(measurement.seconds)}, {measurement.peak_bytes / 1e6:.0f} MB"
+
+
+def show_seconds(seconds: float) -> str:
+    return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
