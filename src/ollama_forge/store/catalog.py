@@ -132,7 +132,7 @@ class Store:
         try:
             return self._open(path, wanted)
         except FileNotFoundError:
-            raise self._not_found(wanted) from None
+            raise self.not_found(wanted) from None
         except OSError as exc:
             raise store_error(exc, path, "read the manifest") from exc
 
@@ -254,7 +254,7 @@ class Store:
             blobs=self.blobs,
         )
 
-    def _not_found(self, name: ModelName) -> NotFoundError:
+    def not_found(self, name: ModelName) -> NotFoundError:
         names = [existing.display for existing in self.names()]
         alike = difflib.get_close_matches(name.display, names, 3, 0.5)
         if not names:
