@@ -160,7 +160,41 @@ def test_the_child_is_gone_after_close_and_its_port_with_it(model_path: Path) ->
         socket.create_connection(("127.0.0.1", port), timeout=5)
 
 
+LOADING_SCRIPT = """
+import sys
+from pathlib import Path
+from ollama_forge.engine_process import EngineProcess
+path = sys.argv[1]
+job = {"model": path, "adapters": [], "projector": None, "context_length": 64, "n_threads": 1, "n_batch": None,
+       "n_gpu_layers": None, "chat_template": None}
+EngineProcess(job, model_path=Path(path), timeout_seconds=600)
+"""
+
+
+def find_child(parent_pid: int) -> int | None:
+    """The child of a process, once it has llama.cpp in memory."""
+    for pid in Path(f"/proc/{parent_pid}/task/{parent_pid}/children").read_text().split():
+        if "xllamacpp" in Path(f"/proc/{pid}/maps").read_text():
+            return int(pid)
+    return None
+
+
 if LINUX:
+
+    def test_the_child_goes_when_the_parent_is_killed_while_the_model_loads(tmp_path: Path) -> None:
+        """The model is a pipe that nobody writes to, so llama.cpp waits in opening it until it is killed."""
+        path = tmp_path / "endless.gguf"
+        os.mkfifo(path)
+        with subprocess.Popen([sys.executable, "-c", LOADING_SCRIPT, str(path)]) as parent:
+            assert wait_until(lambda: find_child(parent.pid) is not None)
+            child_pid = find_child(parent.pid)
+            time.sleep(0.2)
+            parent.kill()
+        try:
+            assert child_pid and wait_until(lambda: not is_running(child_pid))
+        finally:
+            if child_pid and is_running(child_pid):
+                os.kill(child_pid, signal.SIGKILL)
 
     def test_no_secret_of_the_parent_reaches_the_child(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HF_TOKEN", "hf_should_stay_here")
