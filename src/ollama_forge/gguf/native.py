@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import math
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,6 +42,9 @@ _HALF_ROWS = {
     GGMLType.F16: ("ggml_fp16_to_fp32_row", "ggml_fp32_to_fp16_row"),
     GGMLType.BF16: ("ggml_bf16_to_fp32_row", "ggml_fp32_to_bf16_row_ref"),
 }
+
+# The IQ types need tables that take seconds to build, once in a process; ggml's own lock for them spins.
+_TABLES_LOCK = threading.Lock()
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -237,12 +241,13 @@ def _quantize_kernel(type: GGMLType, imatrix: Floats | None) -> Callable[[Floats
     handle = open_library().handle
     if handle is None:
         raise _unsupported(type, "encode")
-    handle.ggml_quantize_init(int(type))
-    chunk = handle.ggml_quantize_chunk
+    chunk, prepare = handle.ggml_quantize_chunk, handle.ggml_quantize_init
     weights = imatrix.ctypes.data if imatrix is not None else None
 
     def encode(part: Floats, target: Bytes) -> None:
         n_rows, n_columns = part.shape
+        with _TABLES_LOCK:
+            prepare(int(type))
         written = chunk(int(type), part.ctypes.data, target.ctypes.data, 0, n_rows, n_columns, weights)
         if written != target.nbytes:
             raise GGUFError(f"ggml wrote {written} bytes of {type.name} where {target.nbytes} were expected")
@@ -259,7 +264,8 @@ def _portable_quantizer(type: GGMLType, imatrix: Floats | None) -> Callable[[Flo
     block_elements, block_bytes = BLOCKS[type]
 
     def run(part: Floats, target: Bytes) -> None:
-        target.reshape(-1, block_bytes)[:] = encode(part.reshape(-1, block_elements))
+        with np.errstate(all="ignore"):
+            target.reshape(-1, block_bytes)[:] = encode(part.reshape(-1, block_elements))
 
     return run
 
@@ -274,7 +280,12 @@ def _dequantize_kernel(type: GGMLType) -> Callable[[Bytes, Floats], None]:
     decode = portable.DEQUANTIZE.get(type)
     if decode is None:
         raise _unsupported(type, "decode")
-    return lambda part, target: np.copyto(target, decode(part))
+
+    def run(part: Bytes, target: Floats) -> None:
+        with np.errstate(all="ignore"):
+            np.copyto(target, decode(part))
+
+    return run
 
 
 def _unsupported(type: GGMLType, verb: str) -> UnsupportedError:

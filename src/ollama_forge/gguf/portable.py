@@ -2,7 +2,7 @@
 
 In: uint8 [n_blocks, block_bytes] or float32 [n_blocks, block_elements]. Out: the other one. Bits equal ggml's (but for
 the sign of a zero minimum in Q4_1 and Q5_1 blocks that hold both zeros: the compiler's order of comparing decides it).
-Only `native` calls this. Formats: ggml/src/ggml-common.h and the `_ref` functions of ggml-quants.c in llama.cpp.
+Only `native` calls this, with NumPy's warnings off. Formats: ggml-common.h and ggml-quants.c (`_ref`) of llama.cpp.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ def decode_f32(blocks: Bytes) -> Floats:
 def encode_f16(x: Floats) -> Bytes:
     """Round to nearest even; a NaN keeps its sign only."""
     x = np.ascontiguousarray(x)
-    with np.errstate(over="ignore", invalid="ignore"):
-        bits = x.astype("<f2").view("<u2")
+    bits = x.astype("<f2").view("<u2")
     return np.where(np.isnan(x), (bits & 0x8000) | 0x7E00, bits).astype("<u2").view(np.uint8)
 
 
@@ -150,14 +149,13 @@ def _shifted_levels(x: Floats, bits: int) -> tuple[Floats, Floats, Bytes]:
     top = (1 << bits) - 1
     low = np.take_along_axis(x, x.argmin(axis=1)[:, None], axis=1)
     high = x.max(axis=1, keepdims=True)
-    d = (high - low) / np.float32(top)
+    d = (high - low + np.float32(0)) / np.float32(top)
     levels = _to_int((x - low) * _inverse(d) + np.float32(0.5))
     return d, low, np.minimum(top, levels).astype(np.uint8)
 
 
 def _inverse(d: Floats) -> Floats:
-    with np.errstate(divide="ignore", over="ignore"):
-        return np.where(d == 0, np.float32(0), np.float32(1) / d)
+    return np.where(d == 0, np.float32(0), np.float32(1) / d)
 
 
 def _to_int(values: Floats) -> NDArray[np.int32]:
@@ -170,7 +168,7 @@ def _half(column: Floats) -> Bytes:
 
 
 def _scale(blocks: Bytes, start: int) -> Floats:
-    return np.ascontiguousarray(blocks[:, start : start + 2]).view("<f2").astype(np.float32)
+    return decode_f16(np.ascontiguousarray(blocks[:, start : start + 2]))
 
 
 def _low_bits(values: Bytes) -> Bytes:
