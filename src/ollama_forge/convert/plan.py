@@ -21,11 +21,11 @@ from ollama_forge.convert.card import ParameterCount, general_fields
 from ollama_forge.convert.rows import Recipe
 from ollama_forge.convert.tensors import OUTTYPES, PlannedTensor, auto_outtype, clean_name, plan_tensors
 from ollama_forge.errors import SafetensorsError, UsageError
+from ollama_forge.gguf.mixture import Choice, plan_choices
 from ollama_forge.gguf.quantize import (
     QUANTIZATION_VERSION,
     QuantizeOptions,
     find_importance,
-    plan_types,
     quantization_fields,
     quantized_entry,
 )
@@ -161,16 +161,18 @@ def _plan(
         *vocabulary_fields(vocabulary),
     ]
     types = {tensor.gguf_name: tensor.type for tensor in planned}
-    warnings = warnings_of(family, config) + card_warnings
+    choices: list[Choice] = []
     if options.quantize is not None:
         file_type = options.quantize.file_type
+        choices = _choose_types(family, fields, planned, options.quantize)
+        types = {choice.name: choice.type for choice in choices}
         replacing = quantization_fields(options.quantize)
-        types = _quantized_types(family, fields, planned, options.quantize)
         fields = [entry for entry in fields if entry.key not in {other.key for other in replacing}] + replacing
     entries = [_entry(checkpoint, config, tensor, types[tensor.gguf_name], options) for tensor in planned]
     skipped = tuple(name for name in checkpoint.tensors if _is_other_modality(family, name))
+    warnings = [*warnings_of(family, config), *card_warnings, *fallback_warnings(choices)]
     if skipped:
-        warnings += (f"{len(skipped)} tensors for pictures or sound were left out: GGUF keeps them in a second file.",)
+        warnings.append(f"{len(skipped)} tensors for pictures or sound were left out: GGUF has a second file for them.")
     return Conversion(
         fields=tuple(fields),
         entries=tuple(entries),
@@ -182,7 +184,7 @@ def _plan(
         outtype=outtype,
         file_type=file_type,
         n_parameters=parameters.total,
-        warnings=warnings,
+        warnings=tuple(warnings),
         skipped=skipped,
         checkpoint=checkpoint,
     )
@@ -236,12 +238,24 @@ def _computed_entry(tensor: PlannedTensor) -> TensorEntry:
     return TensorEntry(tensor.gguf_name, tensor.shape, tensor.type, lambda: [content])
 
 
-def _quantized_types(
+def _choose_types(
     family: Family, fields: Sequence[Field], planned: Sequence[PlannedTensor], options: QuantizeOptions
-) -> dict[str, GGMLType]:
+) -> list[Choice]:
     known = {entry.key: entry.value for entry in fields}
     rows = [(tensor.gguf_name, tensor.shape, tensor.type) for tensor in planned]
-    return plan_types(family.gguf_architecture, known.get, rows, options)
+    return list(plan_choices(family.gguf_architecture, known.get, rows, options))
+
+
+def fallback_warnings(choices: Sequence[Choice]) -> list[str]:
+    """A sentence about tensors whose rows do not divide into the blocks of the chosen type."""
+    fallbacks = [choice for choice in choices if choice.is_fallback]
+    if not fallbacks:
+        return []
+    first = fallbacks[0]
+    return [
+        f"{len(fallbacks)} of {len(choices)} tensors have rows that do not divide into the blocks of the chosen type: "
+        f"{first.name!r} becomes {first.type.name} instead of {first.wanted.name}."
+    ]
 
 
 def _check_options(options: ConvertOptions) -> None:
