@@ -83,7 +83,9 @@ def parse_manifest(raw: bytes) -> Manifest:
         document = _fold_keys(parse_json_object(raw, limit_bytes=MANIFEST_LIMIT_BYTES, what="The manifest"))
     except FormatError as exc:
         raise ManifestError(exc.what, why=exc.why, next="Run `ollama-forge verify`.") from exc
-    layers = document.get("layers") or []
+    layers = document.get("layers")
+    if layers is None:
+        layers = []
     if not isinstance(layers, list):
         raise _broken("its layers are not a list")
     config = document.get("config")
@@ -109,10 +111,10 @@ def _parse_layer(value: object, where: str) -> Layer:
     if not isinstance(value, dict):
         raise _broken(f"its {where} is not an object")
     members = _fold_keys(value)
-    size = members.get("size") or 0
+    size = 0 if members.get("size") is None else members["size"]
     if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= _MAX_SIZE:
         raise _broken(f"its {where} has the size {_shown(size)}")
-    texts = {key: members.get(key) or "" for key in ("mediatype", "digest", "from", "name")}
+    texts = {key: "" if members.get(key) is None else members[key] for key in ("mediatype", "digest", "from", "name")}
     for key, text in texts.items():
         if not isinstance(text, str):
             raise _broken(f"its {where} has the {key} {_shown(text)}")
