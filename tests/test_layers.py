@@ -23,7 +23,7 @@ LAYERS = [
     ["dataset"],
     ["engine_host"],
     ["engine_process", "engine_sampling"],
-    ["engine"],
+    ["engine", "engine_process", "engine_sampling", "engine_host"],
     ["store"],
     ["train"],
     ["registry"],

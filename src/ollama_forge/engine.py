@@ -37,6 +37,7 @@ __all__ = [
 DEFAULT_CONTEXT_LENGTH = 4096
 LOAD_TIMEOUT_SECONDS = 600.0
 REQUEST_TIMEOUT_SECONDS = 3600.0
+SMALL_MODEL_BYTES = 16 << 20
 
 Message = Mapping[str, Any]
 """`{"role": ..., "content": ...}` and what else the model's template reads (`tool_calls`, ...)."""
@@ -338,7 +339,7 @@ def open_engine(
         "adapters": [[str(path.absolute()), scale] for path, scale in adapters],
         "projector": str(projector.absolute()) if projector else None,
         "context_length": context_length or DEFAULT_CONTEXT_LENGTH,
-        "n_threads": n_threads or usable_threads(),
+        "n_threads": n_threads or _default_threads(gguf_path),
         "n_batch": n_batch,
         "n_gpu_layers": n_gpu_layers,
         "chat_template": chat_template,
@@ -358,6 +359,12 @@ def open_engine(
     except BaseException:
         process.close()
         raise
+
+
+def _default_threads(gguf_path: Path) -> int | None:
+    """One thread for a model that fits a processor's cache: there, threads that wait for each other cost more than
+    they bring, and on a busy machine they cost hundreds of times more."""
+    return 1 if gguf_path.stat().st_size < SMALL_MODEL_BYTES else usable_threads()
 
 
 def _missing_template(gguf_path: Path) -> EngineError | None:

@@ -14,6 +14,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +27,15 @@ _FICLONE = 0x40049409  # linux/fs.h
 
 Advance = Callable[[int], None]
 """Called with the number of bytes done since the last call."""
+
+Progress = Callable[[str, int], AbstractContextManager[Advance]]
+"""Called with a label and the total number of bytes; gives the `Advance` of that piece of work."""
+
+
+@contextlib.contextmanager
+def no_progress(_label: str, _total_bytes: int) -> Iterator[Advance]:
+    """The `Progress` of somebody who does not watch."""
+    yield lambda _count: None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,115 @@
+"""`convert`: a Hugging Face folder into a GGUF file, or a GGUF file into an Ollama model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ollama_forge.cli.console import Console
+from ollama_forge.cli.landing import check_option, report_landed
+from ollama_forge.cli.options import (
+    OUTTYPES,
+    console_options,
+    modelfile_options,
+    store_option,
+    threads_option,
+    write_options,
+)
+from ollama_forge.cli.quantize import report_converted
+from ollama_forge.errors import UsageError
+
+if TYPE_CHECKING:
+    from ollama_forge.store.modelfile import Modelfile
+
+CONVERTERS = ("builtin", "llama.cpp")
+
+
+@click.command(
+    "convert",
+    epilog="Examples: ollama-forge convert ./my-model -o my-model.gguf --quant Q4_K_M"
+    "   |   ollama-forge convert --gguf my-model.gguf --name my-model",
+)
+@click.argument("source", required=False)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The GGUF file to write.")
+@click.option("--gguf", type=click.Path(path_type=Path), help="A GGUF file that becomes the Ollama model --name.")
+@click.option("--name", help="The Ollama model to make.")
+@click.option("--outtype", type=click.Choice(OUTTYPES, case_sensitive=False), default="auto", show_default=True)
+@click.option("--quant", "--quantize", "quant", metavar="TYPE", help="Quantize in the same pass: Q4_K_M, Q8_0, ...")
+@click.option("--imatrix", type=click.Path(path_type=Path, exists=True), help="Importance matrix for --quant.")
+@click.option("--allow-requantize", is_flag=True, help="Accept a --gguf that is quantized already.")
+@click.option("--adapter", "adapters", multiple=True, type=click.Path(path_type=Path), help="LoRA adapter to land too.")
+@click.option("--converter", type=click.Choice(CONVERTERS), default="builtin", show_default=True)
+@threads_option
+@check_option
+@modelfile_options
+@write_options
+@store_option
+@console_options
+def command(
+    source: str | None,
+    output: Path | None,
+    gguf: Path | None,
+    name: str | None,
+    outtype: str,
+    quant: str | None,
+    imatrix: Path | None,
+    allow_requantize: bool,
+    adapters: tuple[Path, ...],
+    converter: str,
+    n_threads: int | None,
+    check: bool,
+    changes: Modelfile,
+    force: bool,
+    dry_run: bool,
+    store_path: Path | None,
+    console: Console,
+) -> None:
+    """Convert weights: a Hugging Face folder to GGUF (-o), or a GGUF file to an Ollama model (--gguf --name)."""
+    from ollama_forge.jobs import conversion, landing
+    from ollama_forge.jobs.resolve import resolve_folder
+
+    if (source is None) == (gguf is None):
+        raise UsageError(
+            "convert needs either a SOURCE folder or --gguf PATH",
+            next="ollama-forge convert ./folder -o model.gguf, or ollama-forge convert --gguf model.gguf --name NAME",
+        )
+    quantize = (
+        conversion.quantize_options(quant, imatrix=imatrix, allow_requantize=allow_requantize, n_threads=n_threads)
+        if quant
+        else None
+    )
+    options = landing.LandOptions(store_path, overwrite=force, dry_run=dry_run, check=check, progress=console.progress)
+    if gguf is not None:
+        if name is None or output is not None:
+            raise UsageError(
+                "convert --gguf makes an Ollama model, so it needs --name and takes no -o",
+                next=f"ollama-forge convert --gguf {gguf} --name NAME"
+                if output is None
+                else f"ollama-forge quantize {gguf} -o {output} --type Q4_K_M",
+            )
+        landed = landing.land_gguf(gguf, name, changes, options, adapters=adapters, quantize=quantize)
+        report_landed(console, landed)
+        return
+    assert source is not None
+    if output is None:
+        raise UsageError(
+            "convert SOURCE needs -o OUT.gguf",
+            next=f"ollama-forge convert {source} -o model.gguf; "
+            f"to land it in Ollama at once: ollama-forge import {source} --name NAME",
+        )
+    folder = resolve_folder(source)
+    if converter == "llama.cpp":
+        written = conversion.convert_with_llama_cpp(folder, output, outtype, quantize, overwrite=force, dry_run=dry_run)
+    else:
+        chosen = conversion.convert_options(outtype, quantize, n_threads=n_threads)
+        written = conversion.convert_folder(
+            folder, output, chosen, overwrite=force, dry_run=dry_run, progress=console.progress
+        )
+    document = {**written.document(), "dry_run": dry_run}
+    if name is None or dry_run:
+        report_converted(console, written, dry_run=dry_run)
+        return
+    landed = landing.land_gguf(output, name, changes, options, adapters=adapters)
+    report_landed(console, landed, {"converted": document})

@@ -1,0 +1,49 @@
+"""How every command that ends in an Ollama model says what it did."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ollama_forge.cli.console import Console, human_bytes
+
+if TYPE_CHECKING:
+    from ollama_forge.jobs.landing import LandedModel
+
+check_option = click.option(
+    "--check/--no-check", "check", default=True, help="Run the model before it gets its name (default: yes)."
+)
+
+
+def report_landed(console: Console, landed: LandedModel, extra: dict[str, Any] | None = None) -> None:
+    """Print the result of a landing: JSON, or the lines for people."""
+    for warning in landed.warnings:
+        console.warn(warning)
+    console.result({**landed.document(), **(extra or {})}, lambda: _show(console, landed))
+
+
+def _show(console: Console, landed: LandedModel) -> None:
+    sizes = f"{human_bytes(landed.written_bytes)} written, {human_bytes(landed.shared_bytes)} shared"
+    if landed.is_dry_run:
+        verb = "replaced" if landed.replaced else "made"
+        console.line(f"{landed.name} would be {verb} in {landed.store}: {sizes}. Nothing was changed.")
+        return
+    console.line(f"{landed.name}  {landed.digest[:12]}  {sizes}")
+    check = landed.check
+    if check:
+        sample = check.sample.strip().replace("\n", " ")
+        console.done(f"It loads, its prompt is {_TEMPLATE_WORDS[check.template]}; it says: {sample[:100]!r}")
+        if not check.stopped:
+            console.warn(
+                "It did not stop by itself in its first words; a base model does that, a chat model should not."
+            )
+    console.done(f"Landed in {landed.store} in {landed.seconds:.1f} s. Next: ollama run {landed.name}")
+    console.say(f"  without a server: ollama-forge run {landed.name}")
+
+
+_TEMPLATE_WORDS = {
+    "equal": "the one of its template (two renderers agree)",
+    "none": "plain text (it has no chat template)",
+    "unrendered": "llama.cpp's alone (the sandboxed template refuses the test conversation)",
+}

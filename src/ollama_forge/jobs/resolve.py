@@ -1,0 +1,164 @@
+"""From what a person typed to what lies on this disk: an Ollama model, a GGUF file or a Hugging Face folder.
+
+In: the text of a model argument and the store. Out: `ResolvedModel`. It looks only at names and headers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ollama_forge.errors import NotFoundError, StoreError, UnsafeFileError, UnsupportedError, UsageError
+from ollama_forge.source.ref import ModelRef, RefKind, parse_ref
+from ollama_forge.store.catalog import open_store
+from ollama_forge.store.installed import InstalledModel
+from ollama_forge.store.modelfile import Modelfile
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A model on this disk; exactly one of `gguf_path` and `folder` is set.
+
+    Attributes:
+        text: as typed.
+        gguf_path: its weights as GGUF (the first file of a split set).
+        folder: its weights as a Hugging Face folder.
+        installed: the Ollama model, when it was named so.
+        adapters: LoRA GGUFs that belong to it, in order.
+        modelfile: what else the Ollama model says (template, system prompt, parameters, messages).
+    """
+
+    text: str
+    gguf_path: Path | None = None
+    folder: Path | None = None
+    installed: InstalledModel | None = None
+    adapters: tuple[Path, ...] = ()
+    modelfile: Modelfile = field(default_factory=Modelfile)
+
+
+def resolve(text: str, store_path: Path | None = None) -> ResolvedModel:
+    """Find the model that `text` names.
+
+    Raises:
+        NotFoundError: nothing of that name or path is here.
+        UnsafeFileError: a pickle file.
+        UnsupportedError: a Hugging Face repo that is not on this disk.
+        UsageError: the text means nothing.
+    """
+    ref = parse_ref(text)
+    if ref.kind is RefKind.HUB:
+        raise UnsupportedError(
+            f"{text!r} is on the Hugging Face Hub, not on this disk",
+            next=f"Download it first, then name the folder: hf download {ref.repo} --local-dir ./model",
+        )
+    if ref.kind is RefKind.PATH:
+        return _resolve_path(ref)
+    try:
+        return _resolve_installed(ref.text, store_path)
+    except NotFoundError:
+        if Path(ref.text).exists():
+            return _resolve_path(ModelRef(RefKind.PATH, ref.text, path=Path(ref.text)))
+        raise
+
+
+def resolve_gguf(text: str, store_path: Path | None = None) -> Path:
+    """The GGUF file that `text` names.
+
+    Raises:
+        UsageError: it is a Hugging Face folder.
+    """
+    model = resolve(text, store_path)
+    if model.gguf_path is None:
+        raise UsageError(
+            f"{text!r} is a Hugging Face folder, not a GGUF",
+            next=f"Convert it first: ollama-forge convert {text} -o model.gguf --quant Q4_K_M",
+        )
+    return model.gguf_path
+
+
+def resolve_folder(text: str) -> Path:
+    """The Hugging Face folder that `text` names.
+
+    Raises:
+        UsageError: it is a GGUF or an Ollama name.
+    """
+    ref = parse_ref(text)
+    path = ref.path if ref.kind is RefKind.PATH else Path(text)
+    if ref.kind is RefKind.HUB:
+        resolve(text)
+    assert path is not None
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        raise UsageError(
+            f"{text!r} is a GGUF file already",
+            next=f"ollama-forge quantize {text} -o OUT.gguf --type Q4_K_M, or "
+            f"ollama-forge convert --gguf {text} --name NAME",
+        )
+    if not path.is_dir():
+        raise NotFoundError(
+            f"There is no folder {text!r}",
+            why="A Hugging Face model is a folder with config.json and safetensors files.",
+            next="Check the path.",
+        )
+    return path
+
+
+def _resolve_installed(text: str, store_path: Path | None) -> ResolvedModel:
+    model = open_store(store_path).find(text)
+    path = model.model_path
+    if path is None:
+        raise UnsupportedError(
+            f"{model.name.display!r} has no GGUF in the store",
+            why="It runs in Ollama's cloud, or is an MLX model.",
+            next="Choose another model: ollama-forge list",
+        )
+    if not path.exists():
+        raise StoreError(
+            f"The weights of {model.name.display!r} are missing: {str(path)!r}",
+            next=f"Get them again with `ollama pull {model.name.display}`, or run `ollama-forge verify`.",
+        )
+    return ResolvedModel(text, gguf_path=path, installed=model, adapters=model.adapters, modelfile=model.modelfile())
+
+
+def _resolve_path(ref: ModelRef) -> ResolvedModel:
+    path = ref.path
+    assert path is not None
+    if not path.exists():
+        raise NotFoundError(
+            f"There is no file or folder {ref.text!r}",
+            next="Check the path; for an Ollama model type its name alone (ollama-forge list).",
+        )
+    if path.is_dir():
+        return _resolve_dir(ref.text, path)
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
+        return _resolve_dir(ref.text, path.parent)
+    if suffix in _PICKLES:
+        with path.open("rb") as stream:
+            if stream.read(4) != b"GGUF":
+                raise UnsafeFileError(
+                    f"{ref.text!r} is a PyTorch pickle",
+                    why="Reading one runs whatever code it holds.",
+                    next="Use the model's .safetensors files; most repos have them, or a converted copy of them.",
+                )
+    return ResolvedModel(ref.text, gguf_path=path)
+
+
+def _resolve_dir(text: str, folder: Path) -> ResolvedModel:
+    if (folder / "config.json").exists():
+        return ResolvedModel(text, folder=folder)
+    ggufs = sorted(p for p in folder.glob("*.gguf") if "mmproj" not in p.name.lower())
+    firsts = [p for p in ggufs if "-of-" not in p.stem or "-00001-of-" in p.stem]
+    if len(firsts) == 1:
+        return ResolvedModel(text, gguf_path=firsts[0])
+    if firsts:
+        raise UsageError(
+            f"The folder {text!r} holds {len(firsts)} GGUF models",
+            next="Name one of them: " + ", ".join(str(p) for p in firsts[:5]),
+        )
+    raise NotFoundError(
+        f"The folder {text!r} holds no model: neither config.json nor a .gguf file",
+        why="A Hugging Face model is a folder with config.json and safetensors files.",
+        next="Check the path.",
+    )
