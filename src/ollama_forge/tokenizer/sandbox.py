@@ -91,6 +91,9 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         self.meter.charge(1 + len(made) // 8)
         return made
 
+    def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
+        raise jinja2.exceptions.SecurityError(f"it asks for {attribute!r} of a {type(obj).__name__}")
+
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         check_operator(self.meter, operator, left, right)
         return super().call_binop(context, operator, left, right)
@@ -100,7 +103,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         bound = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)
         if isinstance(bound, (str, int, float, list, tuple, dict, set)):
             check_method(meter, bound, str(getattr(__obj, "__name__", "")), args, kwargs)
-        meter.charge(4)
+        meter.charge(16 if isinstance(__obj, Macro) else 4)
         result = super().call(__context, __obj, *args, **kwargs)
         if isinstance(result, (str, list, tuple, dict)) and bound is not None:
             meter.charge_size(result)
