@@ -8,19 +8,17 @@ from typing import TYPE_CHECKING
 import click
 
 from ollama_forge.cli.console import Console
-from ollama_forge.cli.landing import check_option, report_landed
+from ollama_forge.cli.landing import landing_options, report_landed
 from ollama_forge.cli.options import (
     OUTTYPES,
-    console_options,
     modelfile_options,
-    store_option,
     threads_option,
-    write_options,
 )
 from ollama_forge.cli.quantize import report_converted
 from ollama_forge.errors import UsageError
 
 if TYPE_CHECKING:
+    from ollama_forge.jobs.landing import LandOptions
     from ollama_forge.store.modelfile import Modelfile
 
 CONVERTERS = ("builtin", "llama.cpp")
@@ -42,11 +40,8 @@ CONVERTERS = ("builtin", "llama.cpp")
 @click.option("--adapter", "adapters", multiple=True, type=click.Path(path_type=Path), help="LoRA adapter to land too.")
 @click.option("--converter", type=click.Choice(CONVERTERS), default="builtin", show_default=True)
 @threads_option
-@check_option
 @modelfile_options
-@write_options
-@store_option
-@console_options
+@landing_options
 def command(
     source: str | None,
     output: Path | None,
@@ -59,11 +54,8 @@ def command(
     adapters: tuple[Path, ...],
     converter: str,
     n_threads: int | None,
-    check: bool,
     changes: Modelfile,
-    force: bool,
-    dry_run: bool,
-    store_path: Path | None,
+    options: LandOptions,
     console: Console,
 ) -> None:
     """Convert weights: a Hugging Face folder to GGUF (-o), or a GGUF file to an Ollama model (--gguf --name)."""
@@ -80,7 +72,6 @@ def command(
         if quant
         else None
     )
-    options = landing.LandOptions(store_path, overwrite=force, dry_run=dry_run, check=check, progress=console.progress)
     if gguf is not None:
         if name is None or output is not None:
             raise UsageError(
@@ -101,15 +92,17 @@ def command(
         )
     folder = resolve_folder(source)
     if converter == "llama.cpp":
-        written = conversion.convert_with_llama_cpp(folder, output, outtype, quantize, overwrite=force, dry_run=dry_run)
+        written = conversion.convert_with_llama_cpp(
+            folder, output, outtype, quantize, overwrite=options.overwrite, dry_run=options.dry_run
+        )
     else:
         chosen = conversion.convert_options(outtype, quantize, n_threads=n_threads)
         written = conversion.convert_folder(
-            folder, output, chosen, overwrite=force, dry_run=dry_run, progress=console.progress
+            folder, output, chosen, overwrite=options.overwrite, dry_run=options.dry_run, progress=console.progress
         )
-    document = {**written.document(), "dry_run": dry_run}
-    if name is None or dry_run:
-        report_converted(console, written, dry_run=dry_run)
+    document = {**written.document(), "dry_run": options.dry_run}
+    if name is None or options.dry_run:
+        report_converted(console, written, dry_run=options.dry_run)
         return
     landed = landing.land_gguf(output, name, changes, options, adapters=adapters)
     report_landed(console, landed, {"converted": document})

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import click
 
 from ollama_forge.cli.console import Console
-from ollama_forge.cli.landing import check_option, report_landed
-from ollama_forge.cli.options import console_options, modelfile_options, store_option, write_options
+from ollama_forge.cli.landing import landing_options, report_landed
+from ollama_forge.cli.options import modelfile_options
 from ollama_forge.errors import UsageError
 
 if TYPE_CHECKING:
+    from ollama_forge.jobs.landing import LandOptions
     from ollama_forge.store.modelfile import Modelfile
 
 
@@ -27,27 +28,20 @@ if TYPE_CHECKING:
 )
 @click.option("--template-from", metavar="MODEL", help="Take the Ollama template of another model.")
 @click.option("--adapter", "adapters", multiple=True, type=click.Path(path_type=Path), help="LoRA adapter (GGUF).")
-@check_option
 @modelfile_options
-@write_options
-@store_option
-@console_options
+@landing_options
 def command(
     base: str | None,
     name: str,
     modelfile_path: Path | None,
     template_from: str | None,
     adapters: tuple[Path, ...],
-    check: bool,
     changes: Modelfile,
-    force: bool,
-    dry_run: bool,
-    store_path: Path | None,
+    options: LandOptions,
     console: Console,
 ) -> None:
     """Make a model from another: prompt, parameters, messages, template, licence, adapter. Kilobytes are written."""
     from ollama_forge.jobs.creation import Creation, create_model, override, read_creation, take_template
-    from ollama_forge.jobs.landing import LandOptions
     from ollama_forge.store.modelfile import Modelfile
 
     if (base is None) == (modelfile_path is None):
@@ -58,6 +52,5 @@ def command(
     creation = read_creation(modelfile_path) if modelfile_path else Creation(str(base), Modelfile())
     creation = override(creation, changes, adapters)
     if template_from:
-        creation = take_template(creation, template_from, store_path)
-    options = LandOptions(store_path, overwrite=force, dry_run=dry_run, check=check, progress=console.progress)
+        creation = take_template(creation, template_from, options.store_path)
     report_landed(console, create_model(creation, name, options))

@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING
 import click
 
 from ollama_forge.cli.console import Console
-from ollama_forge.cli.landing import check_option, report_landed
+from ollama_forge.cli.landing import landing_options, report_landed
 from ollama_forge.cli.options import (
     OUTTYPES,
-    console_options,
     modelfile_options,
-    store_option,
     threads_option,
-    write_options,
 )
 
 if TYPE_CHECKING:
+    from ollama_forge.jobs.landing import LandOptions
     from ollama_forge.store.modelfile import Modelfile
 
 
@@ -31,11 +29,8 @@ if TYPE_CHECKING:
 @click.option("--outtype", type=click.Choice(OUTTYPES, case_sensitive=False), default="auto", show_default=True)
 @click.option("--imatrix", type=click.Path(path_type=Path, exists=True), help="Importance matrix for --quant.")
 @threads_option
-@check_option
 @modelfile_options
-@write_options
-@store_option
-@console_options
+@landing_options
 def command(
     source: str,
     name: str,
@@ -43,16 +38,13 @@ def command(
     outtype: str,
     imatrix: Path | None,
     n_threads: int | None,
-    check: bool,
     changes: Modelfile,
-    force: bool,
-    dry_run: bool,
-    store_path: Path | None,
+    options: LandOptions,
     console: Console,
 ) -> None:
     """Convert, quantize and land SOURCE (a Hugging Face folder) in one pass, without a 16-bit file in between."""
     from ollama_forge.jobs.conversion import convert_options, quantize_options
-    from ollama_forge.jobs.landing import LandOptions, import_folder
+    from ollama_forge.jobs.landing import import_folder
     from ollama_forge.jobs.resolve import resolve_folder
 
     quantize = None if quant.lower() == "none" else quantize_options(quant, imatrix=imatrix, n_threads=n_threads)
@@ -60,7 +52,7 @@ def command(
         resolve_folder(source),
         name,
         changes,
-        LandOptions(store_path, overwrite=force, dry_run=dry_run, check=check, progress=console.progress),
+        options,
         convert_options(outtype, quantize, n_threads=n_threads),
     )
     report_landed(console, landed)

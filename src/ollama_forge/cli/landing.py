@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ollama_forge.cli.console import Console, human_bytes
+from ollama_forge.cli.options import Command, console_options, store_option, write_options
 
 if TYPE_CHECKING:
     from ollama_forge.jobs.landing import LandedModel
 
-check_option = click.option(
-    "--check/--no-check", "check", default=True, help="Run the model before it gets its name (default: yes)."
-)
+
+def landing_options(function: Command) -> Command:
+    """All that every landing command takes; the command receives `options`, a `LandOptions`."""
+
+    @click.option("--check/--no-check", default=True, help="Run the model before it gets its name (default: yes).")
+    @click.option("--host", metavar="URL", help="Land in this running Ollama through its API, not in a store.")
+    @store_option
+    @write_options
+    @console_options
+    @functools.wraps(function)
+    def wrapper(
+        *args: Any,
+        check: bool,
+        host: str | None,
+        store_path: Path | None,
+        force: bool,
+        dry_run: bool,
+        console: Console,
+        **kwargs: Any,
+    ) -> Any:
+        from ollama_forge.jobs.landing import LandOptions
+        from ollama_forge.jobs.remote import find_remote_server
+
+        options = LandOptions(
+            store_path,
+            overwrite=force,
+            dry_run=dry_run,
+            check=check,
+            progress=console.progress,
+            server=find_remote_server(host, store_path),
+        )
+        return function(*args, options=options, console=console, **kwargs)
+
+    return wrapper
 
 
 def report_landed(console: Console, landed: LandedModel, extra: dict[str, Any] | None = None) -> None:
@@ -45,5 +79,6 @@ def _show(console: Console, landed: LandedModel) -> None:
 _TEMPLATE_WORDS = {
     "equal": "the one of its template (two renderers agree)",
     "none": "plain text (it has no chat template)",
+    "server": "the server's own",
     "unrendered": "llama.cpp's alone (the sandboxed template refuses the test conversation)",
 }

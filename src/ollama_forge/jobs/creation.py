@@ -11,9 +11,16 @@ from pathlib import Path
 
 from ollama_forge.errors import ModelfileError, UsageError
 from ollama_forge.jobs.conversion import ConvertOptions
-from ollama_forge.jobs.landing import LandedModel, LandOptions, import_folder, land_gguf, land_installed
+from ollama_forge.jobs.landing import (
+    LandedModel,
+    LandOptions,
+    import_folder,
+    land_gguf,
+    land_installed,
+    land_named,
+)
 from ollama_forge.jobs.resolve import resolve
-from ollama_forge.source.ref import looks_like_path
+from ollama_forge.source.ref import RefKind, looks_like_path, parse_ref
 from ollama_forge.store.catalog import open_store
 from ollama_forge.store.modelfile import Modelfile, read_modelfile
 from ollama_forge.store.parameters import merge_parameters
@@ -88,6 +95,8 @@ def create_model(creation: Creation, name: str, options: LandOptions) -> LandedM
         UsageError: the base is the model itself and `overwrite` was not asked for.
         UnsupportedError: adapters for a folder.
     """
+    if options.server is not None and parse_ref(creation.base).kind is RefKind.OLLAMA:
+        return land_named(creation.base, name, creation.changes, options, adapters=creation.adapters)
     model = resolve(creation.base, options.store_path)
     if model.folder is not None:
         return import_folder(

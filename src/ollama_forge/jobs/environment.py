@@ -91,7 +91,7 @@ def _server() -> Finding:
         return Finding(
             "server", State.OPTIONAL, error.what, "Not needed to make models. To run them in Ollama: ollama serve"
         )
-    return Finding("server", State.OK, f"Ollama {version} at {server.url}")
+    return Finding("server", State.OK, f"Ollama {version} at {server.address.url}")
 
 
 def _memory() -> Finding:

@@ -6,14 +6,15 @@ In: a path or an installed base, and a Modelfile's wishes. Out: `LandedModel`. T
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ollama_forge.files import Progress, no_progress, require_free_space
+from ollama_forge.files import Progress, atomic_output, no_progress, require_free_space
 from ollama_forge.gguf.quantize import QuantizeOptions
 from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.gguf.writer import write_gguf
@@ -26,12 +27,14 @@ from ollama_forge.jobs.conversion import (
     open_joined,
     open_quantization,
 )
+from ollama_forge.jobs.remote import land_remote
 from ollama_forge.store.catalog import Store, open_store
 from ollama_forge.store.discard import exists_error
 from ollama_forge.store.installed import InstalledModel
 from ollama_forge.store.land import Ingredients, Landed, ModelSource, land, plan_landing
 from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.store.name import parse_name, validate_writable
+from ollama_forge.store.server import OllamaServer
 
 Planned = Callable[[], AbstractContextManager[PlannedGGUF]]
 
@@ -48,7 +51,7 @@ class LandedModel:
 
     name: str
     digest: str
-    store: Path
+    store: str
     written_bytes: int
     shared_bytes: int
     check: CheckReport | None
@@ -63,7 +66,7 @@ class LandedModel:
         return {
             "name": self.name,
             "digest": self.digest,
-            "store": str(self.store),
+            "store": self.store,
             "written_bytes": self.written_bytes,
             "shared_bytes": self.shared_bytes,
             "check": self.check.document() if self.check else None,
@@ -81,6 +84,7 @@ class LandOptions:
 
     Attributes:
         store_path: the models folder; None: Ollama's own.
+        server: land there through its API instead of in a store.
         check: run the model before it gets its name.
     """
 
@@ -89,6 +93,7 @@ class LandOptions:
     dry_run: bool = False
     check: bool = True
     progress: Progress = no_progress
+    server: OllamaServer | None = None
 
 
 def land_gguf(
@@ -139,10 +144,19 @@ def land_installed(
     return _land(base, name, changes, options, adapters, 0)
 
 
+def land_named(
+    base: str, name: str, changes: Modelfile, options: LandOptions, *, adapters: Sequence[Path] = ()
+) -> LandedModel:
+    """A model of `options.server` under another name with something changed; the server shares its own blobs."""
+    return _send(None, base, name, changes, options, adapters, time.monotonic())
+
+
 def _land_planned(
     planned: Planned, name: str, changes: Modelfile, options: LandOptions, adapters: Sequence[Path]
 ) -> LandedModel:
     started = time.monotonic()
+    if options.server is not None:
+        return _send_planned(planned, name, changes, options, adapters, started)
     store = open_store(options.store_path)
     with planned() as gguf:
         if options.dry_run:
@@ -158,13 +172,16 @@ def _land(
     model: ModelSource, name: str, changes: Modelfile, options: LandOptions, adapters: Sequence[Path], size_bytes: int
 ) -> LandedModel:
     started = time.monotonic()
+    if options.server is not None:
+        path = model if isinstance(model, Path) else None
+        return _send(path, None, name, changes, options, adapters, started)
     store = open_store(options.store_path)
     if options.dry_run:
         plan = plan_landing(store, name, Ingredients(model, changes, tuple(adapters)), overwrite=options.overwrite)
         return LandedModel(
             name=plan.name.display,
             digest=plan.digest,
-            store=store.models_dir,
+            store=str(store.models_dir),
             written_bytes=plan.written_bytes,
             shared_bytes=plan.shared_bytes,
             check=None,
@@ -215,7 +232,7 @@ def _planned_landing(store: Store, name: str, gguf: PlannedGGUF, options: LandOp
     return LandedModel(
         name=wanted.display,
         digest="",
-        store=store.models_dir,
+        store=str(store.models_dir),
         written_bytes=gguf.size_bytes,
         shared_bytes=0,
         check=None,
@@ -231,7 +248,7 @@ def _result(landed: Landed, started: float, gguf: PlannedGGUF | None = None) -> 
     return LandedModel(
         name=landed.name.display,
         digest=landed.digest,
-        store=landed.store,
+        store=str(landed.store),
         written_bytes=landed.written_bytes,
         shared_bytes=landed.shared_bytes,
         check=landed.check if isinstance(landed.check, CheckReport) else None,
@@ -239,4 +256,67 @@ def _result(landed: Landed, started: float, gguf: PlannedGGUF | None = None) -> 
         warnings=(*(gguf.warnings if gguf else ()), *landed.warnings),
         seconds=time.monotonic() - started,
         types=gguf.types if gguf else (),
+    )
+
+
+def _send_planned(
+    planned: Planned,
+    name: str,
+    changes: Modelfile,
+    options: LandOptions,
+    adapters: Sequence[Path],
+    started: float,
+) -> LandedModel:
+    """A server takes whole files only, so the GGUF is made in a temporary folder first."""
+    with planned() as gguf, tempfile.TemporaryDirectory(prefix="ollama-forge-") as scratch:
+        path = Path(scratch) / "model.gguf"
+        if not options.dry_run:
+            with (
+                atomic_output(path, expected_bytes=gguf.size_bytes) as sink,
+                options.progress(f"Making {name}", gguf.size_bytes) as advance,
+            ):
+                write_gguf(sink, gguf.fields, gguf.entries, alignment=gguf.alignment, advance=advance)
+        landed = _send(path, None, name, changes, options, adapters, started)
+        return replace(landed, types=gguf.types, warnings=gguf.warnings)
+
+
+def _send(
+    path: Path | None,
+    source: str | None,
+    name: str,
+    changes: Modelfile,
+    options: LandOptions,
+    adapters: Sequence[Path],
+    started: float,
+) -> LandedModel:
+    server = options.server
+    assert server is not None
+    if options.dry_run:
+        size_bytes = sum(p.stat().st_size for p in (path, *adapters) if p is not None and p.exists())
+        wanted = parse_name(name).display
+        return LandedModel(
+            wanted, "", server.address.url, size_bytes, 0, None, server.has(name), (), time.monotonic() - started,
+            is_dry_run=True,
+        )  # fmt: skip
+    landed = land_remote(
+        server,
+        name,
+        changes,
+        gguf_path=path,
+        source=source,
+        adapters=adapters,
+        overwrite=options.overwrite,
+        check=options.check,
+        progress=options.progress,
+    )
+    return LandedModel(
+        name=landed.name,
+        digest=landed.digest,
+        store=landed.server,
+        written_bytes=landed.sent_bytes,
+        shared_bytes=landed.shared_bytes,
+        check=landed.check,
+        replaced=landed.replaced,
+        warnings=(),
+        seconds=time.monotonic() - started,
     )

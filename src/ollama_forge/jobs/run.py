@@ -88,7 +88,7 @@ class ServerChat:
         documents = [{"role": turn.role, "content": turn.content} for turn in self.messages]
         said = self.server.chat(self.name, documents, options=self.options, on_text=on_text)
         self.messages.append(Message("assistant", said.text))
-        return Answer(said.text, said.tokens, said.stop_reason, said.prompt_tokens, said.seconds)
+        return Answer(said.text, said.n_tokens, said.stop_reason, said.prompt_tokens, said.seconds)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,58 @@
+"""`demo`: the whole way once, on the model that ships with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ollama_forge.cli.console import Console, human_bytes
+from ollama_forge.cli.options import console_options
+
+
+@click.command("demo", epilog="Example: ollama-forge demo")
+@click.option(
+    "--store",
+    "store_path",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("demo-store"),
+    show_default=True,
+    metavar="DIR",
+    help="The demo's own models folder; Ollama's is not touched.",
+)
+@console_options
+def command(store_path: Path, console: Console) -> int:
+    """Import, quantize, land, customise and run a small model; see the numbers. No Ollama and no network needed."""
+    from ollama_forge.jobs.demo import PERSONA, run_demo
+
+    result = run_demo(store_path.absolute(), console.say)
+
+    def show() -> None:
+        console.line()
+        console.table(
+            ("MODEL", "WRITTEN", "SHARED", "WHAT"),
+            [
+                ("(source)", human_bytes(result.source_bytes), "", "16-bit safetensors"),
+                ("demo", human_bytes(result.plain.written_bytes), human_bytes(result.plain.shared_bytes), "Q4_K_M"),
+                (
+                    "demo-pirate",
+                    human_bytes(result.custom.written_bytes),
+                    human_bytes(result.custom.shared_bytes),
+                    f"+ system prompt {PERSONA!r}",
+                ),
+            ],
+            right=("WRITTEN", "SHARED"),
+        )
+        for question, said in result.answers.items():
+            console.line()
+            console.line(click.style(question, bold=True))
+            for name, text in said.items():
+                console.line(f"  {name:<12} {text.strip()}")
+        console.line()
+        whole = "whole" if result.report.is_whole else "damaged"
+        console.line(f"The store is {whole}: {result.report.n_blobs} blobs hashed. {result.seconds:.1f} s in all.")
+        console.line(f"Look around: OLLAMA_MODELS={store_path} ollama-forge list   (or: ollama serve)")
+        console.line("Your own:    ollama-forge import ./my-model --name my-model")
+
+    console.result(result.document(), show)
+    return 0 if result.report.is_whole else 1
