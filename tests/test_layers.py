@@ -23,7 +23,7 @@ LAYERS = [
     ["dataset"],
     ["engine_host"],
     ["engine_process", "engine_sampling"],
-    ["engine", "engine_process", "engine_sampling", "engine_host"],
+    ["engine"],
     ["store"],
     ["train"],
     ["registry"],

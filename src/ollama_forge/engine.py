@@ -197,7 +197,8 @@ class Engine:
         Args:
             prompt: a text (the begin token is added where the model wants one, special tokens in it are read as such),
                 or token ids, taken as they are.
-            n_logprobs: likeliest tokens to report for each generated one, up to `n_vocab`.
+            n_logprobs: likeliest tokens to report for each generated one, up to `n_vocab`. They travel as text: all of
+                a vocabulary of 150,000 takes seconds for each token, twenty of them nothing.
             on_text: called with each piece of text as it comes; with `n_logprobs`, once with the whole text.
             reuse_prompt: keep what is computed of the last prompt for one that begins the same. Faster in a
                 conversation, but the last digits of probabilities then depend on what was asked before.
