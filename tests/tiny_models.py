@@ -120,6 +120,24 @@ def quantize_fp8(folder: Path, block: tuple[int, int] | None, settings: dict[str
     change_config(folder, {"quantization_config": settings})
 
 
+def stack_experts(folder: Path) -> None:
+    """The experts of each layer in two stacked tensors, as transformers 5 keeps them in memory."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    for layer in range(_N_LAYERS):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        experts = sorted({int(name[len(prefix) :].split(".")[0]) for name in tensors if name.startswith(prefix)})
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{prefix}{expert}.{part}_proj.weight") for expert in experts])
+            for part in ("gate", "up", "down")
+        )
+        tensors[prefix + "gate_up_proj"] = torch.cat([gate, up], dim=1)
+        tensors[prefix + "down_proj"] = down
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def split_in_two(folder: Path) -> None:
     """The same checkpoint in two shards with an index."""
     from safetensors.torch import load_file, save_file

@@ -20,6 +20,7 @@ from tiny_models import (
     read_json,
     spell_as_transformers_4,
     split_in_two,
+    stack_experts,
 )
 
 from ollama_forge.convert.plan import ConvertOptions, plan_conversion
@@ -97,6 +98,8 @@ def prepare_variant(folder: Path, variant: str) -> None:
         quantize_fp8(folder, None, {"quant_method": "fp8", "activation_scheme": "dynamic"}, "_scale_inv")
     elif variant == "modelopt":
         quantize_fp8(folder, None, {"quant_method": "modelopt", "quant_algo": "FP8"}, "_scale")
+    elif variant == "stacked":
+        stack_experts(folder)
     elif variant == "linear":
         change_config(folder, {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 12345.0}})
     elif variant == "yarn":
@@ -114,7 +117,7 @@ def all_jobs() -> list[Job]:
     jobs += [Job(kind, "padded", "auto") for kind in ("llama2", "qwen2", "gemma2", "phi3")]
     jobs += [Job("qwen2", "sharded", "auto"), Job("llama2", "card", "f16"), Job("llama2", "named", "f16", ("My Name",))]
     jobs += [Job(kind, "fp8block", outtype) for kind in ("llama2", "qwen3_moe") for outtype in ("auto", "f32")]
-    jobs += [Job("qwen2", "fp8tensor", "bf16"), Job("llama2", "modelopt", "auto")]
+    jobs += [Job("qwen3_moe", "stacked", "auto"), Job("qwen2", "fp8tensor", "bf16"), Job("llama2", "modelopt", "auto")]
     jobs += [Job("qwen3", "linear", "auto"), Job("qwen2", "yarn", "auto"), Job("llama2", "sparse", "auto")]
     return jobs
 

@@ -72,6 +72,10 @@ def forged() -> Iterator[tuple[str, bytes]]:
     yield "many-lists", file_bytes(b'{"__metadata__":[' + b"[]," * 5_000_000 + b"[]]}")
     yield "many-objects", file_bytes(b'{"__metadata__":[' + b"{}," * 5_000_000 + b"{}]}")
     yield "many-keys", file_bytes(b"{" + b",".join(b'"%d":0' % number for number in range(2_000_000)) + b"}")
+    yield (
+        "as-many-keys-as-allowed",
+        file_bytes(b"{" + b",".join(b'"%d":0' % number for number in range(750_000)) + b"}"),
+    )
     yield "wide-text", file_bytes(b'{"__metadata__":{"a":"' + "\U0001f600".encode() * 12_000_000 + b'"}}')
     yield "duplicate-storm", file_bytes(b"{" + b",".join(b'"a%d":0' % (n % 9999) for n in range(500_000)) + b"}")
 

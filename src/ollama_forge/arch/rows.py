@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from ollama_forge.arch.config import ModelConfig
 
 
+_NESTED = "language_model."  # how models of several parts wrap their text part
+
+
 class Role(str, Enum):
     """What a tensor does, whatever it is called. Training, ablation and pruning address tensors by this."""
 
@@ -209,6 +212,16 @@ class Family:
     computed: Callable[[ModelConfig], tuple[ComputedTensor, ...]] | None = None
     turn_back: Callable[[Mapping[str, Any], dict[str, Any]], None] | None = None
     trims_vocabulary: bool = False
+
+    def clean_hf_name(self, hf_name: str) -> str | None:
+        """The name as the rows spell it, without the wrapping of a model of several parts; None when not wanted."""
+        if self.is_other_modality(hf_name) or hf_name.endswith(self.ignored or ("\0",)):
+            return None
+        return hf_name.replace(_NESTED, "")
+
+    def is_other_modality(self, hf_name: str) -> bool:
+        """Whether the tensor belongs to pictures or sound."""
+        return hf_name.replace(_NESTED, "").removeprefix("model.").startswith(self.skipped or ("\0",))
 
     def rows_by_hf_name(self, hf_name: str) -> tuple[TensorAddress, ...]:
         """The tensors that a Hugging Face tensor holds: none, one, or several when it is fused."""

@@ -19,7 +19,7 @@ from ollama_forge.arch.families import find_family
 from ollama_forge.arch.rows import Family, Role
 from ollama_forge.convert.card import ParameterCount, general_fields
 from ollama_forge.convert.rows import Recipe
-from ollama_forge.convert.tensors import OUTTYPES, PlannedTensor, auto_outtype, clean_name, plan_tensors
+from ollama_forge.convert.tensors import OUTTYPES, PlannedTensor, auto_outtype, plan_tensors
 from ollama_forge.errors import SafetensorsError, UsageError
 from ollama_forge.gguf.mixture import Choice, plan_choices
 from ollama_forge.gguf.quantize import (
@@ -169,7 +169,7 @@ def _plan(
         replacing = quantization_fields(options.quantize)
         fields = [entry for entry in fields if entry.key not in {other.key for other in replacing}] + replacing
     entries = [_entry(checkpoint, config, tensor, types[tensor.gguf_name], options) for tensor in planned]
-    skipped = tuple(name for name in checkpoint.tensors if _is_other_modality(family, name))
+    skipped = tuple(name for name in checkpoint.tensors if family.is_other_modality(name))
     warnings = [*warnings_of(family, config), *card_warnings, *fallback_warnings(choices)]
     if skipped:
         warnings.append(f"{len(skipped)} tensors for pictures or sound were left out: GGUF has a second file for them.")
@@ -282,8 +282,3 @@ def _check_vocabulary(planned: Sequence[PlannedTensor], vocabulary: Vocabulary) 
             why="vocab_size in config.json should be the number of rows.",
             next=f"Set vocab_size to {embedding.shape[0]} in config.json, or download the model again.",
         )
-
-
-def _is_other_modality(family: Family, hf_name: str) -> bool:
-    bare = hf_name.replace("language_model.", "").removeprefix("model.")
-    return clean_name(family, hf_name) is None and bare.startswith(family.skipped)

@@ -27,7 +27,6 @@ OUTTYPES = {
 }
 
 _ALWAYS_FLOAT32 = (Role.ROUTER, Role.POSITION_EMBEDDING)
-_NESTED = "language_model."
 
 
 @dataclass(frozen=True)
@@ -61,18 +60,9 @@ class _Experts:
 def auto_outtype(family: Family, tensors: Mapping[str, SafetensorsTensor]) -> str:
     """llama.cpp's rule: the 16-bit type of the first matrix that has one, else f16 (conversion/base.py)."""
     for tensor in tensors.values():
-        if len(tensor.shape) >= 2 and tensor.dtype in ("BF16", "F16") and clean_name(family, tensor.name) is not None:
+        if len(tensor.shape) >= 2 and tensor.dtype in ("BF16", "F16") and family.clean_hf_name(tensor.name) is not None:
             return tensor.dtype.lower()
     return "f16"
-
-
-def clean_name(family: Family, hf_name: str) -> str | None:
-    """The name as the rows spell it, without the wrapping of a model with several parts; None when it is not wanted."""
-    name = hf_name.replace(_NESTED, "")
-    bare = name.removeprefix("model.")
-    if any(bare.startswith(part) for part in family.skipped) or any(name.endswith(end) for end in family.ignored):
-        return None
-    return name
 
 
 def plan_tensors(
@@ -100,7 +90,7 @@ def plan_tensors(
     for tensor in tensors.values():
         if tensor.name in scales.dropped:
             continue
-        name = clean_name(family, tensor.name)
+        name = family.clean_hf_name(tensor.name)
         if name is None:
             continue
         addresses = family.rows_by_hf_name(name)

@@ -44,7 +44,7 @@ DTYPE_BITS = {
 }
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
-_MAX_PARSED_BYTES = 150_000_000
+_MAX_PARSED_BYTES = 120_000_000
 _MAX_DIMENSIONS = 16
 _MAX_ELEMENTS = 1 << 50
 
@@ -91,9 +91,9 @@ def parse_json(text: bytes, file: Path) -> dict[str, Any]:
     Raises:
         SafetensorsError: it is not JSON, not an object, or too large.
     """
-    # What the parsed values will weigh, counted before they exist: text, lists, dicts with their strings, numbers.
+    # What the parsed values will weigh, counted before they exist: text, lists, dicts, keys, other items.
     weight = len(text) * (1 if text.isascii() else 4)
-    weight += 80 * text.count(b"[") + 400 * text.count(b"{") + 40 * text.count(b",")
+    weight += 80 * text.count(b"[") + 250 * text.count(b"{") + 120 * text.count(b":") + 20 * text.count(b",")
     if weight > _MAX_PARSED_BYTES:
         refuse(file, f"its {len(text):,} bytes of header would take about {weight:,} bytes of memory")
     try:
