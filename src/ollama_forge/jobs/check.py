@@ -84,12 +84,13 @@ def compare_prompts(model: InstalledModel, engine: Engine) -> str:
         {"role": "user", "content": QUESTION},
     ]
     try:
-        ours = template.render(turns, add_generation_prompt=True)
+        ours = template.render_for_engine(turns).text
+        thinking = template.render_for_engine(turns, enable_thinking=True).text
     except TemplateError:
         return "unrendered"
     theirs = engine.apply_template(turns)
     begin = template.bos_token or ""
-    if ours.removeprefix(begin) != theirs.removeprefix(begin):
+    if theirs.removeprefix(begin) not in (ours.removeprefix(begin), thinking.removeprefix(begin)):
         raise CheckError(
             f"The prompt of {model.name.display!r} would not be the one that its template means",
             why=f"The template gives {ours!r}; llama.cpp sends {theirs!r}.",

@@ -94,14 +94,36 @@ class ChatTemplate:
         """
         return self.render_spans(messages, add_generation_prompt, tools, **variables).text
 
+    def render_for_engine(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        enable_thinking: bool = False,
+    ) -> Rendered:
+        """As llama.cpp's server renders it (common/chat.cpp): `enable_thinking` is always set, to whether the template
+        knows thinking; `tools` and `add_generation_prompt` are undefined, not None or false, when there is nothing to
+        say. transformers does it the other way round, and some templates tell the difference.
+
+        Raises:
+            TemplateError: as `render`.
+        """
+        absent = [*([] if tools else ["tools"]), *([] if add_generation_prompt else ["add_generation_prompt"])]
+        return self.render_spans(
+            messages, add_generation_prompt, tools or None, absent=absent, enable_thinking=enable_thinking
+        )
+
     def render_spans(
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        absent: Sequence[str] = (),
         **variables: Any,
     ) -> Rendered:
-        """The text and what `{% generation %}` encloses in it.
+        """The text and what `{% generation %}` encloses in it; the variables in `absent` are left undefined.
 
         Raises:
             TemplateError: as `render`; also when a marked part does not reach the text as it is.
@@ -123,6 +145,7 @@ class ChatTemplate:
             "documents": variables.get("documents"),
             "add_generation_prompt": add_generation_prompt,
         }
+        values = {name: value for name, value in values.items() if name not in absent}
         meter = Meter(_size(plain) + _size(plain_tools))
         environment.meter = meter
         parts: list[str] = []
