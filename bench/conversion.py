@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness import Command, Job, Measurement, Row, Workshop, removing, run_side_by_side, show, show_seconds
 from peer_converter import find_llama_cpp
-from random_models import LlamaShape, write_llama_folder
+from random_models import LlamaShape
 
 BENCH_DIR = Path(__file__).resolve().parent
 SMALL_LAYERS = 4
@@ -17,9 +17,7 @@ RSS_SLACK_BYTES = 300_000_000
 
 def large_folder(shop: Workshop) -> tuple[Path, LlamaShape]:
     shape = LlamaShape(n_layers=shop.large_layers)
-    folder = shop.folder / f"llama-{shape.n_layers}"
-    write_llama_folder(folder, shape)
-    return folder, shape
+    return shop.make("llama", f"llama-{shape.n_layers}", shape.n_layers), shape
 
 
 def ready_bf16(shop: Workshop) -> Path:
@@ -82,8 +80,7 @@ def measure_convert(shop: Workshop) -> list[Row]:
 
 def _memory_row(shop: Workshop, large_cost: Measurement, large: LlamaShape) -> Row:
     small = LlamaShape(n_layers=SMALL_LAYERS)
-    folder = shop.folder / f"llama-{small.n_layers}"
-    write_llama_folder(folder, small)
+    folder = shop.make("llama", f"llama-{small.n_layers}", small.n_layers)
     out = shop.folder / "small.gguf"
     (small_cost,) = run_side_by_side([_forge_convert(shop, folder, out, "--outtype", "bf16")], shop.repeats)
     removing(out)()

@@ -101,6 +101,14 @@ class Workshop:
     def python(self, *arguments: str) -> tuple[str, ...]:
         return (sys.executable, *arguments)
 
+    def make(self, what: str, name: str, number: int) -> Path:
+        """An input of `random_models.py`, made in a child and only once."""
+        path = self.folder / name
+        script = str(Path(__file__).resolve().with_name("random_models.py"))
+        if what != "vocabulary" or not path.is_file():
+            run_once(Command(f"make {name}", self.python(script, what, str(path), str(number))))
+        return path
+
     def forge(self, *arguments: str) -> tuple[str, ...]:
         return (sys.executable, "-m", "ollama_forge", *arguments)
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 SHARD_BYTES = 1_000_000_000
 LLAMA3_SPLIT = (
@@ -56,16 +59,16 @@ class LlamaShape:
 
     @property
     def n_parameters(self) -> int:
-        return sum(int(np.prod(shape)) for _, shape in self.tensors())
+        return sum(math.prod(shape) for _, shape in self.tensors())
 
     @property
     def largest_tensor_bytes(self) -> int:
         """Of the largest tensor in float32: what the memory bound is counted in."""
-        return max(int(np.prod(shape)) for _, shape in self.tensors()) * 4
+        return max(math.prod(shape) for _, shape in self.tensors()) * 4
 
 
-def write_llama_folder(folder: Path, shape: LlamaShape, seed: int = 0) -> int:
-    """Write the folder (unless it is whole already) and give the bytes of its weights."""
+def write_llama_folder(folder: Path, shape: LlamaShape, seed: int = 0) -> None:
+    """Write the folder, unless it is whole already."""
     done = folder / "bench-made.json"
     made = {"shape": list(vars(shape).values()), "seed": seed}
     if not (done.is_file() and json.loads(done.read_text("utf-8")) == made):
@@ -74,19 +77,20 @@ def write_llama_folder(folder: Path, shape: LlamaShape, seed: int = 0) -> int:
         _write_llama_config(folder, shape)
         write_bpe_tokenizer(folder, shape.vocabulary)
         done.write_text(json.dumps(made), "utf-8")
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _write_shards(folder: Path, shape: LlamaShape, seed: int) -> None:
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     filled = 0
     for name, dims in shape.tensors():
-        nbytes = int(np.prod(dims)) * 2
+        nbytes = math.prod(dims) * 2
         if filled and filled + nbytes > SHARD_BYTES:
             shards.append([])
             filled = 0
         shards[-1].append((name, dims))
         filled += nbytes
+    import numpy as np
+
     random = np.random.default_rng(seed)
     weight_map = {}
     for number, tensors in enumerate(shards, 1):
@@ -101,7 +105,7 @@ def _write_shard(path: Path, tensors: list[tuple[str, tuple[int, ...]]], random:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, dims in tensors:
-        nbytes = int(np.prod(dims)) * 2
+        nbytes = math.prod(dims) * 2
         header[name] = {"dtype": "BF16", "shape": list(dims), "data_offsets": [offset, offset + nbytes]}
         offset += nbytes
     text = json.dumps(header).encode()
@@ -109,11 +113,13 @@ def _write_shard(path: Path, tensors: list[tuple[str, tuple[int, ...]]], random:
     with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for name, dims in tensors:
-            for values in _random_chunks(random, int(np.prod(dims)), is_norm="norm" in name):
+            for values in _random_chunks(random, math.prod(dims), is_norm="norm" in name):
                 stream.write(_to_bfloat16(values).tobytes())
 
 
 def _random_chunks(random: np.random.Generator, count: int, *, is_norm: bool) -> Iterator[np.ndarray]:
+    import numpy as np
+
     while count:
         size = min(count, 1 << 22)
         values = random.standard_normal(size, dtype=np.float32)
@@ -123,6 +129,8 @@ def _random_chunks(random: np.random.Generator, count: int, *, is_norm: bool) ->
 
 def _to_bfloat16(values: np.ndarray) -> np.ndarray:
     """Round to nearest, ties to even; the upper 16 bits of each float32."""
+    import numpy as np
+
     bits = values.view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
@@ -214,6 +222,7 @@ def write_bpe_tokenizer(folder: Path, size: int) -> None:
 def write_vocabulary_gguf(path: Path, size: int, *, seed: int = 0) -> None:
     """A GGUF with `size` tokens and their merges and one small tensor, by gguf-py's writer (llama.cpp's own)."""
     import gguf
+    import numpy as np
 
     tokens, merges = bpe_words(size)
     writer = gguf.GGUFWriter(path, "llama")
@@ -289,3 +298,17 @@ def _place_blob(blobs: Path, content: bytes) -> tuple[str, int]:
     digest = hashlib.sha256(content).hexdigest()
     (blobs / f"sha256-{digest}").write_bytes(content)
     return digest, len(content)
+
+
+def main() -> None:
+    what, path, number = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    if what == "llama":
+        write_llama_folder(path, LlamaShape(n_layers=number))
+    elif what == "vocabulary":
+        write_vocabulary_gguf(path, number)
+    else:
+        write_store(path, number)
+
+
+if __name__ == "__main__":
+    main()

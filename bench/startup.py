@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from harness import Command, Job, Measurement, Row, Workshop, run_once, run_side_by_side, show_seconds
-from random_models import write_store, write_vocabulary_gguf
 
 BENCH_DIR = Path(__file__).resolve().parent
 VOCABULARY = 150_000
@@ -17,9 +16,7 @@ MORE_REPEATS = 4
 
 def measure_header(shop: Workshop) -> list[Row]:
     """Open a GGUF with a large vocabulary, beside gguf-py's reader; timed inside a fresh process, without imports."""
-    path = shop.folder / "vocabulary.gguf"
-    if not path.is_file():
-        write_vocabulary_gguf(path, VOCABULARY)
+    path = shop.make("vocabulary", "vocabulary.gguf", VOCABULARY)
     script = str(BENCH_DIR / "open_header.py")
     (theirs,) = run_side_by_side([Command("gguf.GGUFReader", shop.python(script, "gguf-py", str(path)))], shop.repeats)
     opening = Command("open_gguf", shop.python(script, "ours", str(path)))
@@ -37,8 +34,7 @@ def _reported(measurement: Measurement) -> float:
 
 def measure_list(shop: Workshop) -> list[Row]:
     """`list` of many models with real headers; `ollama list` needs its server, so the floor is Python itself."""
-    store = shop.folder / "list-store"
-    write_store(store, N_MODELS)
+    store = shop.make("store", "list-store", N_MODELS)
     ours, floor = run_side_by_side(
         [
             Command("ollama-forge list", shop.forge("list", "--json", "--store", str(store))),
