@@ -98,11 +98,12 @@ def test_what_is_written_is_read_again(
 def test_the_written_file_is_laid_out_as_llama_imatrix_does_it(tmp_path: Path) -> None:
     path = tmp_path / "w.gguf"
     entry = ImatrixEntry(np.ones((2, 3), np.float32), np.array([4, 5]))
-    write_imatrix(path, Imatrix({"b": entry, "a": entry}, ("text",), 1, 512))
+    plain = ImatrixEntry(np.ones((1, 3), np.float32), np.array([4]))
+    write_imatrix(path, Imatrix({"b": entry, "a": plain}, ("text",), 1, 512))
     reader = gguf.GGUFReader(path)
     assert [(tensor.name, tensor.shape.tolist()) for tensor in reader.tensors] == [
-        ("a.in_sum2", [3, 2]),
-        ("a.counts", [1, 2]),
+        ("a.in_sum2", [3]),
+        ("a.counts", [1]),
         ("b.in_sum2", [3, 2]),
         ("b.counts", [1, 2]),
     ]

@@ -126,7 +126,8 @@ def write_imatrix(path: Path, imatrix: Imatrix, *, overwrite: bool = False) -> W
 
 def _float_entry(name: str, values: np.ndarray) -> TensorEntry:
     contiguous = np.ascontiguousarray(values, dtype="<f4")
-    return TensorEntry(name, tuple(contiguous.shape), GGMLType.F32, lambda: [contiguous.tobytes()])
+    shape = contiguous.shape if contiguous.shape[0] > 1 else contiguous.shape[1:]  # as ggml counts dimensions
+    return TensorEntry(name, shape, GGMLType.F32, lambda: [contiguous.tobytes()])
 
 
 def _refuse(path: Path, why: str) -> NoReturn:
