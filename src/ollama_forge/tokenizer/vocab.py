@@ -75,6 +75,7 @@ class Vocabulary:
         is_prefix_first: the Llama converter writes that key before the tokens, Gemma's after everything.
         remove_extra_whitespaces, charsmap: Unigram's normaliser.
         n_dropped: tokens of the tokenizer that the model has no row for.
+        late_ids: special ids that a family's converter writes after everything else.
     """
 
     model: str
@@ -89,6 +90,7 @@ class Vocabulary:
     remove_extra_whitespaces: bool | None = None
     charsmap: bytes = b""
     n_dropped: int = 0
+    late_ids: tuple[tuple[str, int], ...] = ()
 
     def text_of(self, role: str) -> str | None:
         """The text of the token of a role (`bos`, `eos`, ...), None when there is none."""
@@ -154,16 +156,21 @@ def vocabulary_fields(vocabulary: Vocabulary) -> list[Field]:
     if vocabulary.merges:
         fields.append(array("tokenizer.ggml.merges", ValueType.STRING, vocabulary.merges))
     special = vocabulary.special
-    fields += [uint32(f"tokenizer.ggml.{_ROLE_KEYS[role]}_token_id", token_id) for role, token_id in special.ids]
+    fields += _id_fields(special.ids)
     fields += [boolean(f"tokenizer.ggml.add_{role}_token", value) for role, value in special.adds]
     fields += template_fields(special.templates)
     if special.lowercase is not None:
         fields.append(boolean("tokenizer.ggml.normalizer.lowercase", special.lowercase))
     if special.strip_accents is not None:
         fields.append(boolean("tokenizer.ggml.normalizer.strip_accents", special.strip_accents))
+    fields += _id_fields(vocabulary.late_ids)
     if not vocabulary.is_prefix_first and vocabulary.model != "t5":
         fields += prefix_fields
     return fields
+
+
+def _id_fields(ids: tuple[tuple[str, int], ...]) -> list[Field]:
+    return [uint32(f"tokenizer.ggml.{_ROLE_KEYS[role]}_token_id", token_id) for role, token_id in ids]
 
 
 def template_fields(templates: tuple[tuple[str, str], ...]) -> list[Field]:
@@ -370,24 +377,29 @@ def _finish_for_family(
     """What the converter's classes for single families add."""
     special = vocabulary.special
     prefix = vocabulary.add_space_prefix
+    late: tuple[tuple[str, int], ...] = ()
     if family in _LLAMA_FAMILIES:
         stated = files.settings.get("add_prefix_space")
         if isinstance(stated, bool):
             prefix = stated
         if config.get("vocab_size") == 32016:  # Code Llama; its fill-in-the-middle ids have no key any more
-            special = dataclasses.replace(special, ids=(*special.ids, ("eot", 32010)))
+            late = (("eot", 32010),)
         if config.get("vocab_size") == 49152:  # Granite's small models
             special = _with_flag(special, "bos", False)
     elif family in _GEMMA_FAMILIES and vocabulary.model == "llama":
         prefix = False
         if family == "gemma" and special.id_of("eot") is None and len(vocabulary.tokens) > 107:
-            special = dataclasses.replace(special, ids=(*special.ids, ("eot", 107)))
+            late = (("eot", 107),)
     if vocabulary.model == "gpt2":
         row = find_pretokenizer(vocabulary.pre)
         if row is not None and row.adds_bos and special.id_of("bos") is None and "bos" not in dict(special.adds):
             special = _with_flag(special, "bos", False)
     return dataclasses.replace(
-        vocabulary, special=special, add_space_prefix=prefix, is_prefix_first=family in _LLAMA_FAMILIES
+        vocabulary,
+        special=special,
+        add_space_prefix=prefix,
+        is_prefix_first=family in _LLAMA_FAMILIES,
+        late_ids=late,
     )
 
 
