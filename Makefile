@@ -35,6 +35,9 @@ fix: .venv/dev.stamp
 	$(RUN) ruff check --fix src tests bench scripts
 	$(RUN) ruff format src tests bench scripts
 
+docs: .venv/base.stamp
+	$(BIN)/python scripts/write_cli_docs.py
+
 bench: .venv/dev.stamp
 	$(BIN)/python bench/run.py
 
