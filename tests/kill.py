@@ -1,12 +1,13 @@
 """Kill a command at a chosen point, for real: SIGKILL, no clean-up, no luck with timing.
 
-The child runs the true code under an audit hook that counts what it is about to do to files below some folders (open, rename,
-link, mkdir, unlink, chmod, utime, rmdir), every fsync, and every write through `HashingWriter`. At event number K it kills
-itself; in a write, after half of the bytes. Sweeping K over all events visits every state that a crash can leave.
+The child runs the true code under an audit hook that counts what it is about to do to files below some folders (open,
+rename, link, mkdir, unlink, chmod, utime, rmdir), every fsync, and every write through `HashingWriter`. At event
+number K it kills itself; in a write, after half of the bytes. Sweeping K over all events visits every state that a
+crash can leave.
 
     total = count_events(["-m", "ollama_forge", "import", ...], [store])
     outcome = run_and_kill(["-m", "ollama_forge", "import", ...], 17, [store])       # one fresh interpreter
-    outcomes = kill_forks("from ... import ...", "land(...ROOT...)", [(root, 17), ...])   # many, from one warm interpreter
+    outcomes = kill_forks("from ... import ...", "land(...ROOT...)", [(root, 17), ...])   # many, one warm interpreter
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ class _Reaper:
     def _is_inside(self, argument: object) -> bool:
         if not isinstance(argument, (str, bytes, os.PathLike)):
             return False
-        path = os.path.abspath(os.fsdecode(argument))
+        path = str(Path(os.fsdecode(argument)).absolute())
         return any(path == folder or path.startswith(folder + os.sep) for folder in self._folders)
 
     def _count(self) -> bool:

@@ -1,7 +1,7 @@
 """Real small Ollama stores on disk, written plainly and without the code under test.
 
-In: a folder and what a model shall consist of. Out: blobs and manifests as Ollama's own server leaves them (Go's field order, a
-newline at the end), ready to be read, customised, damaged or replaced.
+In: a folder and what a model shall consist of. Out: blobs and manifests as Ollama's own server leaves them (Go's
+field order, a newline at the end), ready to be read, customised, damaged or replaced.
 """
 
 from __future__ import annotations

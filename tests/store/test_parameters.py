@@ -19,7 +19,8 @@ from ollama_forge.store.parameters import (
 
 # The fields of api.Options and api.Runner with their Go types (api/types.go:568).
 GO_OPTIONS = {
-    int: "num_keep seed num_predict top_k repeat_last_n num_ctx num_batch num_gpu num_thread main_gpu draft_num_predict",
+    int: "num_keep seed num_predict top_k repeat_last_n num_ctx num_batch num_gpu num_thread main_gpu "
+    "draft_num_predict",
     float: "top_p min_p typical_p temperature repeat_penalty presence_penalty frequency_penalty",
     bool: "use_mmap",
     tuple: "stop",

@@ -248,8 +248,7 @@ class BlobStore:
             temp = folder / "blob"
             how, copied = self._share_or_copy(source, before, temp, advance, may_hardlink)
             known = copied or digest or Digest(hash_file(temp, advance).sha256)
-            after = source.stat()
-            if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            if _has_changed(source, before, known):
                 raise DiskError(
                     f"{str(source)!r} changed while it was read",
                     why="Another program writes to it.",
@@ -398,6 +397,14 @@ class BlobStore:
             f"The store {str(self.models_dir)!r} belongs to another account than yours, and Ollama's server may refuse "
             f"to use these blobs again. Mend it: sudo chown -R --reference={self.blobs_dir} {self.models_dir}",
         )
+
+
+def _has_changed(source: Path, before: os.stat_result, digest: Digest) -> bool:
+    after = source.stat()
+    if after.st_size != before.st_size:
+        return True
+    # A new time alone proves nothing: another landing of the same file renews it through its own link.
+    return after.st_mtime_ns != before.st_mtime_ns and hash_file(source).sha256 != digest.hex
 
 
 def _stored(staged: StagedBlob) -> StoredBlob:
