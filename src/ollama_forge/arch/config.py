@@ -70,7 +70,7 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.values.get("head_dim") or self.hidden_size // self.n_heads
+        return self.count("head_dim") if self.find("head_dim") is not None else self.hidden_size // self.n_heads
 
     @property
     def n_experts(self) -> int | None:
@@ -87,12 +87,17 @@ def parse_config(family: Family, raw: Mapping[str, Any]) -> ModelConfig:
     values: dict[str, Any] = {**raw, **text} if isinstance(text, Mapping) else dict(raw)
     for key, default in family.defaults.items():
         if values.get(key) is None:
-            values[key] = default(values) if callable(default) else default
+            values[key] = default(ModelConfig(values, RopeParameters())) if callable(default) else default
     if family.has_rope:
         rope = parse_rope(values, by_layer_type=family.rope_by_layer_type, defaults=family.rope_defaults)
     else:
         rope = RopeParameters(theta=None)
     config = ModelConfig(values, rope)
+    if min(config.hidden_size, config.n_heads, config.n_kv_heads, config.head_dim) < 1:
+        raise FormatError(
+            f"config.json gives {config.n_heads} heads to {config.hidden_size} dimensions",
+            why="Each head needs at least one.",
+        )
     if config.n_layers > _MAX_LAYERS:
         raise FormatError(f"config.json claims {config.n_layers:,} layers", why="No model has as many.")
     return config

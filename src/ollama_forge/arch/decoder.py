@@ -175,11 +175,11 @@ ROPE = (
 )
 
 
-def head_dim_from_heads(values: dict[str, Any]) -> int:
+def head_dim_from_heads(config: ModelConfig) -> int:
     """What transformers assumes when config.json gives no `head_dim`."""
-    return values["hidden_size"] // values["num_attention_heads"]
+    return config.hidden_size // config.n_heads
 
 
-def heads_of_query(values: dict[str, Any]) -> int:
+def heads_of_query(config: ModelConfig) -> int:
     """What transformers assumes when config.json gives no `num_key_value_heads`: one for each query head."""
-    return values["num_attention_heads"]
+    return config.n_heads

@@ -17,6 +17,7 @@ FAMILY = replace(
         "rms_norm_eps": 1e-6,
         "head_dim": head_dim_from_heads,
     },
+    turn_back=lambda _, result: result.update(sliding_window=None),
     expectations=(
         *llama.FAMILY.expectations,
         Expectation(

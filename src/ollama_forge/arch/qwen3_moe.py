@@ -61,7 +61,7 @@ FAMILY = Family(
         "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-6,
         "num_key_value_heads": 4,
-        "num_experts": lambda values: values.get("num_local_experts", 128),
+        "num_experts": lambda config: config.values.get("num_local_experts", 128),
         "num_experts_per_tok": 8,
         "moe_intermediate_size": 768,
         "intermediate_size": 6144,

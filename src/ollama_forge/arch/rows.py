@@ -182,7 +182,7 @@ class Family:
         tensors: one row for each tensor.
         fused: rows for other ways in which checkpoints store the same tensors.
         hypers: one row for each GGUF key.
-        defaults: what transformers assumes where config.json is silent (a callable gets the values known so far).
+        defaults: what transformers assumes where config.json is silent; a callable gets what is known so far.
         rope_defaults: the same for the keys of `rope_parameters`.
         ignored: ends of Hugging Face names that carry nothing GGUF needs.
         skipped: beginnings of names, after `language_model.` is taken away, of what belongs to pictures or sound.
@@ -267,7 +267,7 @@ def _parse_name(name: str) -> tuple[str, tuple[int, ...]]:
             numbers.append(int(part))
             parts.append("#")
         else:
-            parts.append(part)
+            parts.append("##" if part == "#" else part)
     return ".".join(parts), tuple(numbers)
 
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ollama_forge.arch.config import ModelConfig
-from ollama_forge.arch.rows import ComputedTensor, Family, Role, TensorAddress, TensorRow, Transform
+from ollama_forge.arch.layout import head_count
+from ollama_forge.arch.rows import ComputedTensor, Family, Residual, Role, TensorAddress, TensorRow, Transform
 from ollama_forge.convert.rows import Piece
 from ollama_forge.errors import FormatError, SafetensorsError, UnsupportedError
 from ollama_forge.gguf.types import FileType, GGMLType, block_elements
@@ -132,6 +133,7 @@ def _plan_one(
         if len(shape) != 2:
             raise SafetensorsError(f"{tensor.name!r} has the shape {shape}", why="A matrix is expected here.")
         shape = (shape[1], shape[0])
+    _check_shape(row, shape, config, tensor)
     return PlannedTensor(address.gguf_name, row, shape, _type_of(row, shape, outtype), pieces)
 
 
@@ -178,8 +180,7 @@ def _collect_expert(
 ) -> list[PlannedTensor]:
     """Hold back the experts of a layer until the last one is there; then they come as stacked tensors."""
     n_experts = config.n_experts or 0
-    assert address.layer is not None and address.expert is not None
-    if address.expert >= n_experts:
+    if address.layer is None or address.expert is None or address.expert >= n_experts:
         raise SafetensorsError(
             f"{tensor.name!r} is expert {address.expert}, and config.json says there are {n_experts}",
             why="config.json and the weights do not belong together.",
@@ -200,6 +201,7 @@ def _collect_expert(
                 why="They are stacked in one tensor.",
             )
         shape = (n_experts, *members[0].shape)
+        _check_shape(row, shape, config, members[0])
         pieces = tuple(_piece(row, member, member.shape, scales) for member in members)
         name = TensorAddress(row, address.layer).gguf_name
         planned.append(PlannedTensor(name, row, shape, _type_of(row, shape, outtype), pieces))
@@ -212,6 +214,20 @@ def _type_of(row: TensorRow, shape: tuple[int, ...], outtype: str) -> GGMLType:
     if len(shape) <= 1 or row.gguf_name.endswith("_norm.weight") or row.role in _ALWAYS_FLOAT32 or row.is_bias:
         return GGMLType.F32
     return GGMLType.F16 if shape[-1] % block_elements(wanted) else wanted
+
+
+def _check_shape(row: TensorRow, shape: tuple[int, ...], config: ModelConfig, tensor: SafetensorsTensor) -> None:
+    """The side along the residual stream has the model's width, and permuted rows can be shared out among the heads."""
+    n_sides = 1 if row.is_bias else 2
+    runs_along = row.residual is not Residual.NONE
+    if runs_along and (len(shape) < n_sides or shape[row.residual_axis] != config.hidden_size):
+        raise SafetensorsError(
+            f"{tensor.name!r} has the shape {tensor.shape}, and the model is {config.hidden_size} wide",
+            why="config.json and the weights do not belong together.",
+            next="Compare config.json with the one in the model's original repository.",
+        )
+    if row.is_permuted and shape:
+        head_count(shape[0], row.transform, config)
 
 
 def _check_layer(address: TensorAddress, config: ModelConfig, tensor: SafetensorsTensor) -> None:
