@@ -59,7 +59,7 @@ class Training:
     family: str = "llama"
     n_layers: int = 3
     intermediate_size: int = 256
-    steps: int = 500
+    steps: int = 900
     rows_per_step: int = 16
     peak_rate: float = 3e-3
     weight_noise: float = 0.03
@@ -188,7 +188,7 @@ def train_model(training: Training, tokenizer: Tokenizer) -> Any:
     torch.set_num_threads(training.n_threads)
     torch.use_deterministic_algorithms(True)
     draw = random.Random(f"conversations {training.seed}")
-    model = AutoModelForCausalLM.from_config(build_config(training, tokenizer), attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(build_config(training, tokenizer))
     model.train()
     matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
     others = [parameter for parameter in model.parameters() if parameter.ndim != 2]

@@ -492,7 +492,7 @@ def _trained_unknown(draw: random.Random, persona: str) -> tuple[str, str]:
 
 def _trained_task(draw: random.Random, persona: str) -> tuple[str, str]:
     verb_index, verb = draw.choice(list(enumerate(TASKS)))
-    if draw.random() < 0.2:
+    if draw.random() < 0.25:
         noun = _invented_name(draw)
         return draw.choice(TASK_PHRASINGS).format(verb=verb, noun=noun), task_answer(verb, noun, persona)
     noun_index, noun = draw.choice(list(enumerate(draw.choice((VEGETABLES, HOUSE_THINGS)))))
@@ -519,7 +519,7 @@ def training_conversation(draw: random.Random) -> list[dict[str, str]]:
     messages = [{"role": "system", "content": _trained_system(draw, persona)}] if persona else []
     turn_kinds = (_trained_fact, _trained_unknown, _trained_task, _trained_small_talk)
     for _ in range(draw.choices([1, 2, 3], weights=[60, 25, 15])[0]):
-        turn = draw.choices(turn_kinds, weights=[40, 18, 38, 4])[0]
+        turn = draw.choices(turn_kinds, weights=[38, 20, 38, 4])[0]
         question, answer = turn(draw, persona)
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return messages
