@@ -257,6 +257,7 @@ def write_model(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
         if name not in tied
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # `save_file` keeps it from everyone else
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BEGIN,
