@@ -1,22 +1,25 @@
 """Token ids of awkward texts: transformers on the folder, llama.cpp on our GGUF, and our own encoder, all equal."""
 
+import json
+import random
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_tokenizers
 from awkward_texts import AWKWARD_TEXTS, texts_with
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ollama_forge.engine import open_engine
 from ollama_forge.files import atomic_output
 from ollama_forge.gguf.reader import open_gguf
-from ollama_forge.gguf.types import GGMLType, ValueType
-from ollama_forge.gguf.writer import Field, TensorEntry, array, float32, string, uint32, write_gguf
-from ollama_forge.tokenizer.encode import GGUFTokenizer, build_tokenizer
+from ollama_forge.gguf.types import GGMLType
+from ollama_forge.gguf.writer import Field, TensorEntry, float32, string, uint32, write_gguf
+from ollama_forge.tokenizer.encode import build_tokenizer
+from ollama_forge.tokenizer.pretokenizer import PRETOKENIZERS
 from ollama_forge.tokenizer.vocab import read_vocabulary, vocabulary_fields
 
 WIDTH = 32
@@ -127,3 +130,59 @@ def test_ids_equal_those_of_transformers_and_of_the_engine(tmp_path: Path, kind:
             ours=lambda text: ours.encode(text, add_special=True),
         )
     assert (found, plain, around) == ([], [], [])
+
+
+def test_repeated_scores_are_merged_from_the_left_as_the_engine_does(tmp_path: Path) -> None:
+    n_tokens = tiny_tokenizers.build_tokenizer("llama2-spm", tmp_path)
+    vocabulary = read_vocabulary(tmp_path, {"model_type": "llama", **tiny_tokenizers.special_ids("llama2-spm")})
+    path = tmp_path / "model.gguf"
+    write_model(path, vocabulary_fields(replace(vocabulary, scores=(-1000.0,) * n_tokens)), n_tokens, "tiny")
+    with open_gguf(path) as source:
+        ours = build_tokenizer(source.metadata)
+    texts = AWKWARD_TEXTS + special_texts("llama2-spm")
+    with open_engine(path, context_length=64) as engine:
+        assert differences(texts, engine=engine.tokenize, ours=ours.encode) == []
+
+
+def random_texts(seed: int, n_texts: int) -> list[str]:
+    choose = random.Random(seed)
+    alphabet = (
+        "aAbBzZ0123456789'sStTmMdDlLrReEvV   \n\r\t.,!?-_/()$#é\u0301ßÄΩдЖ今日はㅎ한שمनि🚀\u200d½Ⅷ٣\u3000\xa0ǅʰªα"
+    )
+    return ["".join(choose.choice(alphabet) for _ in range(choose.randrange(1, 30))) for _ in range(n_texts)]
+
+
+@pytest.fixture(scope="module")
+def words_of_any_kind(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, list[str]]:
+    """A vocabulary trained on whole texts, whose tokens cross every border that a pre-tokenizer could draw."""
+    folder = tmp_path_factory.mktemp("any")
+    texts = AWKWARD_TEXTS + random_texts(5, 300)
+    tiny_tokenizers.build_tokenizer("gpt2-bpe", folder)
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=6000, initial_alphabet=alphabet, show_progress=False, min_frequency=2)
+    trained.train_from_iterator(texts * 2, trainer)
+    model = json.loads(trained.to_str())["model"]
+    document = json.loads((folder / "tokenizer.json").read_text())
+    end = len(model["vocab"])
+    document["model"] |= {"vocab": {**model["vocab"], "<|endoftext|>": end}, "merges": model["merges"]}
+    document["added_tokens"][0]["id"] = end
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    return folder, end + 1, texts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pre", ["default", *(row.name for row in PRETOKENIZERS)])
+def test_every_pretokenizer_splits_as_the_engine_does(
+    tmp_path: Path, words_of_any_kind: tuple[Path, int, list[str]], pre: str
+) -> None:
+    folder, n_tokens, texts = words_of_any_kind
+    config = {"model_type": "gpt2", "bos_token_id": n_tokens - 1, "eos_token_id": n_tokens - 1}
+    vocabulary = replace(read_vocabulary(folder, config), pre=pre)
+    path = tmp_path / "model.gguf"
+    write_model(path, vocabulary_fields(vocabulary), n_tokens, "tiny")
+    with open_gguf(path) as source:
+        ours = build_tokenizer(source.metadata)
+    with open_engine(path, context_length=64) as engine:
+        assert differences(texts, engine=engine.tokenize, ours=ours.encode) == []

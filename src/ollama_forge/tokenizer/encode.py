@@ -96,7 +96,7 @@ class GGUFTokenizer:
         """(token id, start, end) with the characters of `text` that each token stands for; nothing is added.
 
         A token that is part of a character has the whole character; the space that SentencePiece puts in front has
-        the first character or nothing.
+        the first character.
         """
         self.tokenizer.encode_special_tokens = not parse_special
         encoding = self.tokenizer.encode(_without_surrogates(text), add_special_tokens=False)

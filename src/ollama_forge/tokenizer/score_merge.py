@@ -47,7 +47,7 @@ class ScoreMerger:
         symbols = list(SPACE * n_prefix + text[start:stop].replace(" ", SPACE))
         for index, symbol, n_chars in self._merge(symbols):
             first = start + max(0, index - n_prefix)
-            last = start + max(0, index + n_chars - n_prefix)
+            last = start + max(1, index + n_chars - n_prefix)
             if symbol in self._ids:
                 yield self._ids[symbol], first, last
                 continue

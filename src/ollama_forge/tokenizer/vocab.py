@@ -398,7 +398,7 @@ def _finish_for_family(
         vocabulary,
         special=special,
         add_space_prefix=prefix,
-        is_prefix_first=family in _LLAMA_FAMILIES,
+        is_prefix_first=family in _LLAMA_FAMILIES and vocabulary.model != "t5",
         late_ids=late,
     )
 
