@@ -6,7 +6,6 @@ Nothing heavy is imported here: a command's module is imported when it is called
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import sys
 from collections.abc import Sequence
 
@@ -75,6 +74,8 @@ class LazyGroup(click.Group):
 
 def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
+        import importlib.metadata  # a third of the time that --help takes
+
         click.echo(f"ollama-forge {importlib.metadata.version('ollama-forge')}")
         ctx.exit()
 
