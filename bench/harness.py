@@ -123,6 +123,7 @@ def run_once(command: Command) -> Run:
         command.clean()
     os.sync()
     environment = {**os.environ, **command.environment}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # a user's Python keeps its bytecode
     began = time.perf_counter()
     child = subprocess.Popen(command.argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
     with child:
