@@ -184,3 +184,10 @@ class RegistryError(ForgeError):
     """The registry file cannot be read or written."""
 
     kind = "registry"
+
+
+class InterruptedRunError(ForgeError):
+    """Somebody pressed Ctrl-C; what was done so far is kept and can be resumed."""
+
+    kind = "interrupted"
+    exit_code = 130

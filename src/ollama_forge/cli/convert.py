@@ -91,12 +91,14 @@ def command(
             f"to land it in Ollama at once: ollama-forge import {source} --name NAME",
         )
     folder = resolve_folder(source)
+    chosen = conversion.convert_options(outtype, quantize, n_threads=n_threads)
     if converter == "llama.cpp":
-        written = conversion.convert_with_llama_cpp(
-            folder, output, outtype, quantize, overwrite=options.overwrite, dry_run=options.dry_run
+        if options.dry_run:
+            raise UsageError("llama.cpp's converter has no dry run", next="Leave --dry-run out.")
+        written = conversion.convert_foreign_folder(
+            folder, output, chosen, overwrite=options.overwrite, progress=console.progress
         )
     else:
-        chosen = conversion.convert_options(outtype, quantize, n_threads=n_threads)
         written = conversion.convert_folder(
             folder, output, chosen, overwrite=options.overwrite, dry_run=options.dry_run, progress=console.progress
         )

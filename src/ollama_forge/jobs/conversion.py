@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ollama_forge.convert.llama_cpp import convert_with_llama_cpp
 from ollama_forge.convert.plan import ConvertOptions, plan_conversion
 from ollama_forge.errors import FormatError, UsageError
-from ollama_forge.files import Progress, atomic_output, no_progress, refuse_existing, require_free_space
+from ollama_forge.files import Progress, atomic_output, make_folder, no_progress, refuse_existing, require_free_space
 from ollama_forge.gguf.imatrix import read_imatrix
 from ollama_forge.gguf.quantize import QuantizeOptions, plan_quantization
 from ollama_forge.gguf.reader import open_gguf
@@ -173,6 +174,28 @@ def convert_folder(
     refuse_existing(output, overwrite=overwrite)
     with open_folder(folder, options) as planned:
         return write_planned(planned, output, started, overwrite=overwrite, dry_run=dry_run, progress=progress)
+
+
+def convert_foreign_folder(
+    folder: Path,
+    output: Path,
+    options: ConvertOptions,
+    *,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> ConvertedFile:
+    """Convert a folder with llama.cpp's own converter, for families that have no rows here (`--converter llama.cpp`).
+
+    Raises:
+        MissingExtraError: that converter is not installed.
+    """
+    started = time.monotonic()
+    refuse_existing(output, overwrite=overwrite)
+    make_folder(output.parent)
+    with convert_with_llama_cpp(folder, output.parent, options) as converted:
+        opened = open_quantization(converted, options.quantize) if options.quantize else open_joined(converted)
+        with opened as planned:
+            return write_planned(planned, output, started, overwrite=overwrite, dry_run=False, progress=progress)
 
 
 def quantize_file(

@@ -1,0 +1,415 @@
+"""Train LoRA matrices on a frozen model: the matrices are peft's, the loop TRL's, the layers beneath may be packed.
+
+In: a loaded model, tokenized examples, options. Out: a PEFT folder and what happened, in numbers. A run can be killed
+at any moment: checkpoints are marked when they are complete, and `resume` goes on from the last such one. Training
+that did nothing is an error here, not a finished run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    TrainerCallback,
+    set_seed,
+)
+from trl import SFTConfig, SFTTrainer
+
+from ollama_forge.dataset.tokenize import Tokenized
+from ollama_forge.errors import InterruptedRunError, TrainingError
+from ollama_forge.files import write_bytes
+from ollama_forge.train.loss import install_chunked_loss
+from ollama_forge.train.report import LossPoint
+
+COMPLETE_MARK = "complete.json"
+_BASE_LOSS_EXAMPLES = 32
+_ROUTER_NAMES = ("router", "gate")
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """The adapter. `alpha` None: twice the rank. `target_modules` empty: every linear layer but head and experts."""
+
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """The loop.
+
+    Attributes:
+        epochs, max_steps: whichever ends first; `max_steps` 0: no limit.
+        batch_size, grad_accum: sequences per forward pass, and passes per optimizer step.
+        warmup: steps, or below 1 the share of all steps.
+        early_stop: evaluations without improvement before it ends; 0: never.
+        checkpoint_every: optimizer steps; 0: about ten in a run.
+        checkpointing: recompute activations in backward instead of keeping them.
+        device: `auto`, `cpu` or `cuda`.
+    """
+
+    epochs: float = 3.0
+    max_steps: int = 0
+    learning_rate: float = 2e-4
+    batch_size: int = 1
+    grad_accum: int = 8
+    warmup: float = 0.03
+    scheduler: str = "cosine"
+    weight_decay: float = 0.0
+    seed: int = 0
+    early_stop: int = 0
+    checkpoint_every: int = 0
+    checkpointing: bool = True
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Where a run stands."""
+
+    step: int
+    total_steps: int
+    loss: float
+    tokens_per_second: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """A finished run.
+
+    Attributes:
+        folder: PEFT layout: adapter_config.json and adapter_model.safetensors.
+        base_loss: of the untouched model on the examples it is judged by, nats per token.
+        final_loss: on the same examples afterwards.
+    """
+
+    folder: Path
+    steps: int
+    train_losses: tuple[LossPoint, ...]
+    validation_losses: tuple[LossPoint, ...]
+    base_loss: float
+    final_loss: float
+    n_trained_parameters: int
+    n_tokens: int
+    seconds: float
+    warnings: tuple[str, ...] = ()
+
+
+Watch = Callable[[StepReport], None]
+
+
+def plan_steps(n_examples: int, loop: LoopOptions, n_processes: int = 1) -> int:
+    """Optimizer steps of a run; at least one."""
+    per_epoch = max(1, math.ceil(n_examples / (loop.batch_size * loop.grad_accum * n_processes)))
+    steps = max(1, math.ceil(per_epoch * loop.epochs))
+    return min(steps, loop.max_steps) if loop.max_steps else steps
+
+
+def train_adapter(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    train: Sequence[Tokenized],
+    validation: Sequence[Tokenized],
+    lora: LoraOptions,
+    loop: LoopOptions,
+    folder: Path,
+    *,
+    base: str,
+    resume: bool = False,
+    watch: Watch | None = None,
+) -> TrainedAdapter:
+    """Train, and prove that it did something.
+
+    Args:
+        model: frozen; from `load.load_packed` or transformers.
+        folder: for checkpoints and the result (`folder / "adapter"`).
+        base: what the adapter's config will name as its base.
+        resume: go on from the last complete checkpoint in `folder`.
+
+    Raises:
+        TrainingError: nothing was learnt, the loss is not a number, or there is nothing to train on.
+        InterruptedRunError: Ctrl-C; a checkpoint was written.
+    """
+    started = time.monotonic()
+    _require_labels(train)
+    set_seed(loop.seed)
+    install_chunked_loss(model)
+    judged = list(validation or train)[:_BASE_LOSS_EXAMPLES]
+    base_loss = mean_loss(model, judged)
+    adapted = add_adapter(model, lora)
+    total_steps = plan_steps(len(train), loop)
+    recorder = _Recorder(watch, sum(len(row.input_ids) for row in train) * loop.epochs)
+    trainer = SFTTrainer(
+        model=adapted,
+        args=_arguments(loop, folder, total_steps, has_validation=bool(validation)),
+        train_dataset=_as_dataset(train),
+        eval_dataset=_as_dataset(validation) if validation else None,
+        processing_class=tokenizer,
+        callbacks=[recorder, *([EarlyStoppingCallback(loop.early_stop)] if loop.early_stop and validation else [])],
+    )
+    trainer.remove_callback(PrinterCallback)
+    install_chunked_loss(adapted.get_base_model())
+    checkpoint = find_checkpoint(folder) if resume else None
+    with _graceful_interrupt(recorder):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if recorder.is_interrupted:
+        raise InterruptedRunError(
+            f"Training was interrupted after step {trainer.state.global_step} of {total_steps}",
+            why=f"A checkpoint is in {str(folder)!r}.",
+            next="Run the same command again with --resume to go on.",
+        )
+    final_loss = mean_loss(adapted, judged)
+    warnings = _prove_learning(adapted, base_loss, final_loss)
+    result = folder / "adapter"
+    if trainer.is_world_process_zero():
+        # Named only now: with a name, peft would look for the base on the Hub at every checkpoint.
+        adapted.peft_config["default"].base_model_name_or_path = base
+        adapted.save_pretrained(str(result), safe_serialization=True, save_embedding_layers=False)
+    history = trainer.state.log_history
+    return TrainedAdapter(
+        folder=result,
+        steps=trainer.state.global_step,
+        train_losses=tuple(LossPoint(row["step"], row["loss"]) for row in history if "loss" in row),
+        validation_losses=tuple(LossPoint(row["step"], row["eval_loss"]) for row in history if "eval_loss" in row),
+        base_loss=base_loss,
+        final_loss=final_loss,
+        n_trained_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        n_tokens=recorder.n_tokens,
+        seconds=time.monotonic() - started,
+        warnings=warnings,
+    )
+
+
+def add_adapter(model: PreTrainedModel, lora: LoraOptions) -> PeftModel:
+    """Wrap a frozen model with trainable LoRA matrices.
+
+    Raises:
+        TrainingError: rank below 1, or a target that the model does not have.
+    """
+    if lora.rank < 1:
+        raise TrainingError(f"A LoRA of rank {lora.rank} has nothing to train", next="Use --rank 8 or more.")
+    targets = list(lora.target_modules) or default_targets(model)
+    known = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    unknown = [target for target in lora.target_modules if target.rsplit(".", 1)[-1] not in known]
+    if unknown:
+        raise TrainingError(
+            f"The model has no layer {unknown[0]!r}",
+            why="Its linear layers are " + ", ".join(sorted(known)),
+            next="Name some of them with --target-modules, or leave the option out.",
+        )
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha if lora.alpha is not None else 2 * lora.rank,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+    assert isinstance(adapted, PeftModel)
+    adapted.peft_config["default"].base_model_name_or_path = None
+    return adapted
+
+
+def default_targets(model: PreTrainedModel) -> list[str]:
+    """Every linear layer of the blocks; not the head, not routers, and not experts (they are too many)."""
+    head = model.get_output_embeddings()
+    targets = set()
+    full_names = []
+    has_experts = False
+    for name, module in model.named_modules():
+        leaf = name.rsplit(".", 1)[-1]
+        if not isinstance(module, nn.Linear) or module is head or leaf in _ROUTER_NAMES:
+            continue
+        if ".experts." in name:
+            has_experts = True
+            continue
+        targets.add(leaf)
+        full_names.append(name)
+    return sorted(full_names) if has_experts else sorted(targets)
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, rows: Sequence[Tokenized]) -> float:
+    """Mean loss over the labels of some rows, nats per token."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    total = 0.0
+    n_labels = 0
+    for row in rows:
+        labels = torch.tensor([row.labels], device=device)
+        count = int((labels[:, 1:] != -100).sum())
+        if count:
+            loss = model(input_ids=torch.tensor([row.input_ids], device=device), labels=labels).loss
+            total += float(loss) * count
+            n_labels += count
+    model.train(was_training)
+    return total / n_labels if n_labels else math.nan
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint that was written to its end."""
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE_MARK}")]
+    return max(complete, key=lambda path: int(path.name.rsplit("-", 1)[-1]), default=None)
+
+
+def _require_labels(rows: Sequence[Tokenized]) -> None:
+    if not any(label != -100 for row in rows for label in row.labels[1:]):
+        raise TrainingError(
+            f"None of the {len(rows)} examples has a token to learn",
+            why="Every token is masked: the answers are empty, or cut off by --max-length.",
+            next="Look at the mask: ollama-forge train-data stats DATA --base REF",
+        )
+
+
+def _prove_learning(model: PeftModel, base_loss: float, final_loss: float) -> tuple[str, ...]:
+    squares = [float(p.detach().float().square().sum()) for name, p in model.named_parameters() if "lora_B" in name]
+    if not all(map(math.isfinite, [*squares, final_loss])):
+        raise TrainingError(
+            f"Training diverged: the loss is {final_loss}",
+            why="The weights hold numbers that are not finite.",
+            next="Use a lower --lr (for example 1e-4), or check the data for broken lines.",
+        )
+    if not squares or sum(squares) == 0.0:
+        raise TrainingError(
+            "Training changed nothing: every LoRA matrix is as it was at the start",
+            why="No optimizer step had an effect.",
+            next="Raise --lr or --epochs, and check the mask: ollama-forge train-data stats DATA --base REF",
+        )
+    if final_loss >= base_loss:
+        return (f"The loss did not fall: {base_loss:.4f} before, {final_loss:.4f} after; nothing useful was learnt.",)
+    return ()
+
+
+def _as_dataset(rows: Sequence[Tokenized]) -> Dataset:
+    return Dataset.from_dict(
+        {"input_ids": [list(row.input_ids) for row in rows], "labels": [list(row.labels) for row in rows]}
+    )
+
+
+def _arguments(loop: LoopOptions, folder: Path, total_steps: int, *, has_validation: bool) -> SFTConfig:
+    every = loop.checkpoint_every or max(1, total_steps // 10)
+    use_cuda = torch.cuda.is_available() and loop.device != "cpu"
+    if loop.device == "cuda" and not use_cuda:
+        raise TrainingError("There is no CUDA device here", next="Leave --device out, or use --device cpu.")
+    return SFTConfig(
+        output_dir=str(folder),
+        num_train_epochs=loop.epochs,
+        max_steps=total_steps,
+        learning_rate=loop.learning_rate,
+        per_device_train_batch_size=loop.batch_size,
+        per_device_eval_batch_size=loop.batch_size,
+        gradient_accumulation_steps=loop.grad_accum,
+        warmup_steps=loop.warmup if loop.warmup < 1 else int(loop.warmup),
+        lr_scheduler_type=loop.scheduler,
+        weight_decay=loop.weight_decay,
+        seed=loop.seed,
+        data_seed=loop.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        eval_strategy="steps" if has_validation else "no",
+        eval_steps=every,
+        eval_on_start=has_validation,
+        load_best_model_at_end=bool(loop.early_stop and has_validation),
+        metric_for_best_model="eval_loss" if has_validation else None,
+        gradient_checkpointing=loop.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        use_cpu=not use_cuda,
+        bf16=use_cuda and torch.cuda.is_bf16_supported(),
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        disable_tqdm=True,
+        log_level="error",
+        report_to="none",
+        dataloader_pin_memory=use_cuda,
+        remove_unused_columns=False,
+    )
+
+
+@dataclass
+class _Recorder(TrainerCallback):  # type: ignore[misc]
+    """Tells where the run stands, marks complete checkpoints, and ends the run at a step's end after Ctrl-C."""
+
+    watch: Watch | None
+    n_planned_tokens: float
+    is_interrupted: bool = False
+    n_tokens: int = 0
+    _started: float = field(default_factory=time.monotonic)
+    _first_step: int | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._first_step is None:
+            self._first_step = state.global_step
+            self._started = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.is_interrupted:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        done = state.global_step - (self._first_step or 0)
+        share = state.global_step / max(1, state.max_steps)
+        self.n_tokens = int(self.n_planned_tokens * share)
+        if self.watch:
+            self.watch(
+                StepReport(
+                    state.global_step,
+                    state.max_steps,
+                    float(logs["loss"]),
+                    self.n_planned_tokens * done / max(1, state.max_steps) / seconds,
+                    seconds / max(1, done) * (state.max_steps - state.global_step),
+                )
+            )
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and checkpoint.is_dir():
+            write_bytes(checkpoint / COMPLETE_MARK, json.dumps({"step": state.global_step}).encode(), overwrite=True)
+
+
+class _graceful_interrupt:
+    """The first Ctrl-C ends the run after the step under way, with a checkpoint; the second ends it at once."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        self._recorder = recorder
+        self._previous: Any = None
+
+    def __enter__(self) -> None:
+        try:
+            self._previous = signal.signal(signal.SIGINT, self._interrupt)
+        except ValueError:  # not the main thread: whoever runs us handles it
+            self._previous = None
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        if self._recorder.is_interrupted:
+            raise KeyboardInterrupt
+        self._recorder.is_interrupted = True
