@@ -62,7 +62,7 @@ def run_and_kill(
 
     Args:
         argv: what would follow `python`: `["-m", "module", ...]`, `["-c", "code", ...]` or `["script.py", ...]`.
-        folders: only events on paths below these count.
+        folders: only events on paths below these count; a write and an fsync always do.
     """
     with tempfile.TemporaryDirectory() as scratch:
         counter = Path(scratch) / "events"
