@@ -1,0 +1,335 @@
+"""A conversation as the model reads it: token ids, and which of them it has to learn to write.
+
+In: an `Example` and a `ChatFormat`. Out: a `RenderedExample` whose ids are those that the engine would send and
+receive. The rules:
+
+- Loss is on assistant turns only, from the end of the prompt on, and the token that ends the turn is learnt.
+- The whole text becomes tokens at once, as the engine does it. A token belongs to an answer when its last character
+  does; one that began before the answer is counted as straddling.
+- The begin token stands once in front where the engine puts it there, whether or not the template writes it too.
+- What the engine would show differently is not guessed: an answer whose place is not certain is an error, or is left
+  out and counted.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ollama_forge.dataset.chat_format import ChatFormat
+from ollama_forge.dataset.examples import Example, Source, Turn, answered_turns
+from ollama_forge.dataset.locate import Answer, locate_answer
+from ollama_forge.errors import TemplateError, UsageError
+from ollama_forge.tokenizer.template import Rendered
+
+NOT_LEARNT = -100
+"""The label of a token that carries no loss, as torch's cross entropy ignores it."""
+
+LEARN = ("assistant", "last", "all")
+VIEWS = ("engine", "transformers")
+
+NOTES = {
+    "shown differently": "answers are shown differently once more turns follow; they were found by their text",
+    "only the last": "only the last answer is learnt: where the earlier ones stand could not be told exactly",
+    "straddling": "answers begin inside a token that the prompt begins",
+    "end added": "the template ends an answer without an end token; the tokenizer's was added after the last one",
+    "no end": "answers before the last end without an end token",
+    "system merged": "the template takes no system prompt; it was put in front of the next message, as the engine does",
+    "no template": "the model has no chat template: Alpaca blocks (### Instruction:) were used",
+}
+"""Kinds of notes, counted per example, and what they mean."""
+
+
+@dataclass(frozen=True)
+class RenderOptions:
+    """How conversations are shown and what is learnt of them.
+
+    Attributes:
+        learn: `assistant` (every answer), `last` (the last answer), `all` (every token).
+        view: `engine`: `tools` is undefined when there are none, `enable_thinking` is what llama.cpp would set;
+            `transformers`: `tools` is None, `enable_thinking` undefined.
+        variables: of the template, over those of the view: `{"enable_thinking": False}`.
+        is_strict: an answer whose place is not certain is an error, even where the last one's is.
+    """
+
+    learn: str = "assistant"
+    view: str = "engine"
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    is_strict: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("learn", self.learn, LEARN), ("view", self.view, VIEWS)):
+            if value not in known:
+                raise UsageError(f"{name} is {value!r}", next=f"Choose one of: {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class RenderedExample:
+    """An example in tokens.
+
+    Attributes:
+        text: what the tokens stand for; an end token that was added is not in it.
+        input_ids: token ids.
+        labels: the same id where it is learnt, `NOT_LEARNT` elsewhere. Not shifted.
+        offsets: (start, end) of each token in `text`.
+        source: of the example.
+    """
+
+    text: str
+    input_ids: array[int]
+    labels: array[int]
+    offsets: tuple[tuple[int, int], ...]
+    source: Source
+
+    @property
+    def n_learnt(self) -> int:
+        """Tokens that carry loss."""
+        return len(self.labels) - self.labels.count(NOT_LEARNT)
+
+
+def render_prompt(
+    chat_format: ChatFormat,
+    messages: Sequence[Mapping[str, Any]],
+    options: RenderOptions | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> list[int]:
+    """The token ids that the engine sends to have the conversation answered.
+
+    Raises:
+        TemplateError: the model has no template, or it refuses the conversation.
+    """
+    shown = _prepare_messages(chat_format, messages, Counter())
+    text = _render(chat_format, shown, True, tools, options or RenderOptions()).text
+    return [token_id for token_id, _, _ in _tokenize(chat_format, text)]
+
+
+def render_example(
+    chat_format: ChatFormat, example: Example, options: RenderOptions | None = None, notes: Counter[str] | None = None
+) -> RenderedExample:
+    """The token ids of an example and what is learnt of them.
+
+    Args:
+        notes: kinds of `NOTES` are counted here.
+
+    Raises:
+        TemplateError: the template refuses the conversation, or the place of an answer cannot be told; the error names
+            the example and the turn.
+    """
+    options = options or RenderOptions()
+    notes = Counter() if notes is None else notes
+    if chat_format.template is None:
+        text, answers, n_turns = _plain_text(chat_format, example, notes)
+    else:
+        text, answers, n_turns = _chat_text(chat_format, example, options, notes)
+    tokens = _tokenize(chat_format, text)
+    learnt = bytearray(len(tokens))
+    found: set[str] = set()
+    chosen = answers[-1:] if options.learn == "last" else answers
+    for answer in chosen:
+        first, last = _mark(chat_format, text, tokens, answer, learnt, found)
+        if last == len(tokens) and answer.turn == n_turns - 1 and not _ends(chat_format, tokens[first:last]):
+            _append_end(chat_format, text, tokens, learnt, found)
+    if options.learn == "all":
+        learnt = bytearray([1]) * len(tokens)
+    notes.update(found)
+    ids = array("i", (token_id for token_id, _, _ in tokens))
+    labels = array("i", (token[0] if flag else NOT_LEARNT for token, flag in zip(tokens, learnt, strict=True)))
+    return RenderedExample(text, ids, labels, tuple((start, end) for _, start, end in tokens), example.source)
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def _chat_text(
+    chat_format: ChatFormat, example: Example, options: RenderOptions, notes: Counter[str]
+) -> tuple[str, list[Answer], int]:
+    messages = _prepare_messages(chat_format, example.messages(), notes)
+    shift = len(example.turns) - len(messages)
+    wanted = [turn - shift for turn in answered_turns(example)]
+    if options.learn == "last":
+        wanted = wanted[-1:]
+    tools = example.tool_schemas()
+
+    def render(part: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        return _render(chat_format, part, add_generation_prompt, tools, options).text
+
+    try:
+        rendered = _render(chat_format, messages, False, tools, options)
+    except TemplateError as exc:
+        raise TemplateError(f"{example.source}: {exc.what}", why=exc.why, next=exc.next) from exc
+    marked = _marked_answers(rendered, messages, wanted)
+    if marked is not None:
+        return rendered.text, marked, len(messages)
+    places = [(turn, locate_answer(render, messages, rendered.text, turn)) for turn in wanted]
+    answers = [answer for _, answer in places if answer is not None]
+    missing = [turn for turn, answer in places if answer is None]
+    if missing:
+        if options.is_strict or places[-1][1] is None:
+            raise TemplateError(
+                f"{example.source}: where the answer in turn {missing[-1] + shift + 1} stands cannot be told exactly",
+                why="The chat template shows this conversation in a way that hides where the answer begins or ends.",
+                next="Split the conversation so that this answer comes last, or learn every token: --loss all",
+            )
+        notes["only the last"] += 1
+        answers = answers[-1:]
+    if any(not answer.is_exact for answer in answers):
+        notes["shown differently"] += 1
+    return rendered.text, answers, len(messages)
+
+
+def _marked_answers(
+    rendered: Rendered, messages: Sequence[Mapping[str, Any]], wanted: Sequence[int]
+) -> list[Answer] | None:
+    """What the template itself marks with `{% generation %}`, where there is one mark for each assistant turn."""
+    speaking = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not rendered.spans or len(rendered.spans) != len(speaking):
+        return None
+    return [
+        Answer(turn, start, end, is_exact=True)
+        for turn, (start, end) in zip(speaking, rendered.spans, strict=True)
+        if turn in wanted
+    ]
+
+
+def _plain_text(chat_format: ChatFormat, example: Example, notes: Counter[str]) -> tuple[str, list[Answer], int]:
+    """Text for a model without a chat template: prompt and completion as they are, else Alpaca blocks."""
+    wanted = answered_turns(example)
+    tokenizer = chat_format.tokenizer
+    end = "" if tokenizer.eos_id is None else tokenizer.tokens[tokenizer.eos_id]
+    if not example.is_plain:
+        notes["no template"] += 1
+    text, answers = "", []
+    guide = "\n\n".join(turn.content for turn in example.turns if turn.role in ("system", "developer") and turn.content)
+    for index, turn in enumerate(example.turns):
+        if turn.role in ("user", "tool"):
+            text += turn.text if example.is_plain else _alpaca_prompt(turn, guide)
+            guide = ""
+        elif turn.role == "assistant":
+            if index in wanted:
+                answers.append(Answer(index, len(text), len(text) + len(turn.content), is_exact=True))
+            text += turn.content
+            if index < len(example.turns) - 1:
+                text += end + "\n\n"
+    return text, answers, len(example.turns)
+
+
+def _alpaca_prompt(turn: Turn, guide: str) -> str:
+    material = "\n\n".join(part for part in (guide, turn.material) if part)
+    return f"### Instruction:\n{turn.content}\n\n### Input:\n{material or '(none)'}\n\n### Response:\n"
+
+
+def _prepare_messages(
+    chat_format: ChatFormat, messages: Sequence[Mapping[str, Any]], notes: Counter[str]
+) -> Sequence[Mapping[str, Any]]:
+    if chat_format.takes_system or len(messages) < 2 or messages[0]["role"] != "system":
+        return messages
+    notes["system merged"] += 1
+    guide, following = messages[0], messages[1]
+    return [{**following, "content": f"{guide['content']}\n{following['content']}"}, *messages[2:]]
+
+
+def _render(
+    chat_format: ChatFormat,
+    messages: Sequence[Mapping[str, Any]],
+    add_generation_prompt: bool,
+    tools: Sequence[Mapping[str, Any]] | None,
+    options: RenderOptions,
+) -> Rendered:
+    template = chat_format.template
+    if template is None:
+        raise TemplateError(
+            "The model has no chat template", why="It is a base model.", next="Give it one, or train on plain text."
+        )
+    variables = dict(options.variables)
+    absent: list[str] = []
+    if options.view == "engine":
+        variables.setdefault("enable_thinking", chat_format.knows_thinking)
+        absent += [] if tools else ["tools"]
+        absent += [] if add_generation_prompt else ["add_generation_prompt"]
+    return template.render_spans(messages, add_generation_prompt, tools, absent=absent, **variables)
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def _tokenize(chat_format: ChatFormat, text: str) -> list[tuple[int, int, int]]:
+    """(id, start, end) of each token, the begin token once in front where the engine puts it."""
+    tokenizer = chat_format.tokenizer
+    if not tokenizer.adds_bos or tokenizer.bos_id is None:
+        return tokenizer.encode_offsets(text)
+    begin = tokenizer.tokens[tokenizer.bos_id]
+    skip = len(begin) if text.startswith(begin) else 0
+    placed = tokenizer.encode_offsets(text[skip:])
+    return [(tokenizer.bos_id, 0, skip), *((token_id, start + skip, end + skip) for token_id, start, end in placed)]
+
+
+def _mark(
+    chat_format: ChatFormat,
+    text: str,
+    tokens: Sequence[tuple[int, int, int]],
+    answer: Answer,
+    learnt: bytearray,
+    found: set[str],
+) -> tuple[int, int]:
+    """Mark the tokens of an answer and the one that ends it; returns their range."""
+    inside = [
+        index
+        for index, (token_id, start, end) in enumerate(tokens)
+        if answer.start <= max(start, _end_of(chat_format, token_id, start, end) - 1) < answer.end
+    ]
+    if not inside:
+        return 0, 0
+    first, last = inside[0], inside[-1] + 1
+    if tokens[first][1] < answer.start:
+        found.add("straddling")
+    last = _cut_after_end(chat_format, text, tokens, first, last)
+    if not _ends(chat_format, tokens[first:last]) and last < len(tokens):
+        found.add("no end")
+    for index in range(first, last):
+        learnt[index] = 1
+    return first, last
+
+
+def _cut_after_end(
+    chat_format: ChatFormat, text: str, tokens: Sequence[tuple[int, int, int]], first: int, last: int
+) -> int:
+    """Where the turn really ends: after the first end token among what only blanks and end tokens follow."""
+
+    def is_tail(index: int) -> bool:
+        token_id, start, end = tokens[index]
+        return token_id in chat_format.end_ids or not text[start:end].strip()
+
+    tail = last
+    while tail > first and is_tail(tail - 1):
+        tail -= 1
+    ahead = last
+    while ahead < len(tokens) and is_tail(ahead):
+        ahead += 1
+    return next((index + 1 for index in range(tail, ahead) if tokens[index][0] in chat_format.end_ids), last)
+
+
+def _ends(chat_format: ChatFormat, tokens: Sequence[tuple[int, int, int]]) -> bool:
+    return bool(tokens) and tokens[-1][0] in chat_format.end_ids
+
+
+def _end_of(chat_format: ChatFormat, token_id: int, start: int, end: int) -> int:
+    """Where a token ends; an end token that swallows blanks ends before them."""
+    if token_id not in chat_format.end_ids:
+        return end
+    return min(end, start + len(chat_format.tokenizer.tokens[token_id]))
+
+
+def _append_end(
+    chat_format: ChatFormat, text: str, tokens: list[tuple[int, int, int]], learnt: bytearray, found: set[str]
+) -> None:
+    end_id = chat_format.tokenizer.eos_id
+    if end_id is None:
+        found.add("no end")
+        return
+    if chat_format.template is not None:
+        found.add("end added")
+    tokens.append((end_id, len(text), len(text)))
+    learnt.append(1)
