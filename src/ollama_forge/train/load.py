@@ -25,16 +25,10 @@ from ollama_forge.arch.rows import Family, Role, TensorAddress, TensorRow, Trans
 from ollama_forge.errors import GGUFError, UnsupportedError
 from ollama_forge.gguf.native import dequantize
 from ollama_forge.gguf.reader import GGUFFile, open_gguf
+from ollama_forge.train.blocks import WORKSPACE_BYTES, PackedMatrix, Workspace
+from ollama_forge.train.heap import keep_heap_small
 from ollama_forge.train.loss import install_chunked_loss
-from ollama_forge.train.packed import (
-    WORKSPACE_BYTES,
-    PackedEmbedding,
-    PackedExpert,
-    PackedExperts,
-    PackedLinear,
-    PackedMatrix,
-    Workspace,
-)
+from ollama_forge.train.packed import PackedEmbedding, PackedExpert, PackedExperts, PackedLinear
 
 _OTHER_MODALITIES = ("v.", "a.", "mm.")  # pictures and sound in the files that Ollama itself converts
 _EXPERTS = (Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN)
@@ -78,6 +72,7 @@ def load_packed(source: Path | GGUFFile, *, workspace_bytes: int = WORKSPACE_BYT
     _set_frequencies(model, file)
     model.requires_grad_(False)
     install_chunked_loss(model)
+    keep_heap_small(model)
     return PackedModel(model, family, file, filler.workspace, skipped)
 
 
@@ -267,6 +262,8 @@ class _Filler:
             )
             experts.append(PackedExpert(*layers, module.act_fn))
         self.model.set_submodule(path, PackedExperts(experts))
+        # peft redirects the targets of known mixtures to transformers' stacked parameters, which are not there
+        self.model.config.model_type = f"{self.family.name}_packed"
 
     def _tie_head(self) -> None:
         """Without a head of its own the model reads the embedding's rows as its head."""
