@@ -3,6 +3,8 @@
 import hashlib
 import os
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -209,3 +211,26 @@ def test_blobs_on_another_disk_or_behind_a_link_are_staged_beside_them(tmp_path:
     digest = BlobStore(models_dir).add_bytes(b"hello")
     assert (real / digest.blob_filename).read_bytes() == b"hello"
     assert stages(models_dir) == [] and stages(real.parent) == []
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from ollama_forge.errors import DiskError
+from ollama_forge.store.blobs import BlobStore
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+try:
+    with BlobStore(Path(sys.argv[1])).stage() as staged:
+        for _ in range(64):
+            staged.write(b"x" * (1 << 16))
+        staged.commit()
+except DiskError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_fills_up_on_the_way_is_told_and_leaves_nothing(models_dir: Path) -> None:
+    argv = [sys.executable, "-c", FULL_DISK, str(models_dir)]
+    told = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    assert "Could not write" in told and str(models_dir) in told
+    assert list((models_dir / "blobs").iterdir()) == [] and stages(models_dir) == []

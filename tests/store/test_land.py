@@ -402,6 +402,30 @@ def test_an_adapter_is_no_model_and_a_model_is_no_adapter(store: Store, gguf: Pa
     assert store.names() == [] and store.orphans() == []
 
 
+@pytest.mark.parametrize("filename", ["tiny-Q4_K_M.gguf", "tiny.q8_0.gguf", "tiny-iq4_xs.gguf"])
+def test_a_file_called_quantized_that_is_not_is_refused(store: Store, gguf: Path, filename: str) -> None:
+    path = gguf.rename(gguf.with_name(filename))
+    with pytest.raises(GGUFError, match="is called") as refused:
+        land(store, "x", model=path)
+    assert filename in refused.value.what and "ollama-forge quantize" in refused.value.next
+    assert store.names() == [] and store.orphans() == []
+
+
+def test_a_header_that_claims_a_quantization_is_not_believed(store: Store, gguf: Path) -> None:
+    content = bytearray(gguf.read_bytes())
+    key = b"general.file_type"
+    at = content.index(key) + len(key) + 4
+    content[at : at + 4] = (15).to_bytes(4, "little")
+    gguf.write_bytes(content)
+    with pytest.raises(GGUFError, match="is called Q4_K_M, and its tensors are F32"):
+        land(store, "x", model=gguf)
+
+
+@pytest.mark.parametrize("filename", ["tiny-f16.gguf", "q4ne.gguf", "tinyQ4_K_M.gguf", "tiny-v1_4.gguf"])
+def test_a_name_that_only_looks_like_a_quantization_is_fine(store: Store, gguf: Path, filename: str) -> None:
+    land(store, "x", model=gguf.rename(gguf.with_name(filename)))
+
+
 def test_an_adapter_of_another_model_is_refused(store: Store, shared_lora: Path, tmp_path: Path) -> None:
     qwen = write_tiny_gguf(tmp_path / "qwen.gguf", architecture="qwen2")
     with pytest.raises(AdapterError, match="'llama' models"):

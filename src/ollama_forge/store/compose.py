@@ -7,12 +7,14 @@ layers. It writes nothing; whether the blobs are there, and putting them there, 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ollama_forge.errors import AdapterError, GGUFError, UnsupportedError
 from ollama_forge.gguf.reader import GGUFFile, open_gguf
+from ollama_forge.gguf.types import file_type_name, is_quantized
 from ollama_forge.store.digest import Digest, digest_of
 from ollama_forge.store.go_json import render_go_json
 from ollama_forge.store.installed import InstalledModel
@@ -37,6 +39,9 @@ from ollama_forge.store.manifest import (
 )
 from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.store.parameters import ParameterValue, merge_parameters, render_params_blob
+
+_QUANTIZATION_IN_NAME = re.compile(r"(?<![A-Za-z0-9])I?Q[1-8]_[A-Z0-9]+(?:_[A-Z]+)?(?![A-Za-z0-9])", re.IGNORECASE)
+_SMALLEST_BLOCK = 32
 
 # What Ollama chooses for these architectures by itself (server/create.go:795 of v0.33): renderer, parser, stops.
 _NATIVE_RENDERERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -235,6 +240,30 @@ def validate_model(gguf: GGUFFile) -> None:
             f"{str(gguf.path)!r} is one of {len(gguf.paths)} shards, and Ollama's store holds a model as one file",
             next=f"Join them first: llama-gguf-split --merge {gguf.path} whole.gguf",
         )
+    _validate_quantization(gguf)
+
+
+def _validate_quantization(gguf: GGUFFile) -> None:
+    """Refuse a file that calls itself quantized, by its header or its name, and is not: it would take the room and the
+    time of another model than the one that was asked for.
+    """
+    announced = gguf.metadata.get("general.file_type")
+    header = file_type_name(announced) if isinstance(announced, int) else ""
+    spelled = _QUANTIZATION_IN_NAME.search(gguf.path.name)
+    named = spelled[0].upper() if spelled else ""
+    claims = [claim for claim in (header, named) if _QUANTIZATION_IN_NAME.fullmatch(claim)]
+    matrices = [tensor for tensor in gguf.tensors.values() if len(tensor.shape) > 1]
+    # Rows that no block type divides stay as they are in a truly quantized file.
+    divisible = [tensor for tensor in matrices if tensor.shape[-1] % _SMALLEST_BLOCK == 0]
+    if not claims or not divisible or any(is_quantized(tensor.type) for tensor in matrices):
+        return
+    held = "/".join(sorted({tensor.type.name for tensor in matrices}))
+    raise GGUFError(
+        f"{str(gguf.path)!r} is called {claims[0]}, and its tensors are {held}",
+        why="Its header says so." if claims[0] == header else "Its name says so.",
+        next=f"Quantize it: ollama-forge quantize {gguf.path} -o quantized.gguf --type {claims[0]}"
+        + ("" if claims[0] == header else ", or rename it."),
+    )
 
 
 def validate_projector(path: Path) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 _MANIFEST_MODE = 0o644
 _ATTEMPTS = 5
+_RETRY_SECONDS = 0.2
 
 
 def publish_manifest(store: Store, name: ModelName, raw: bytes, *, overwrite: bool) -> Path:
@@ -54,11 +57,15 @@ def publish_manifest(store: Store, name: ModelName, raw: bytes, *, overwrite: bo
                 return target
             except FileNotFoundError:
                 continue  # `ollama rm` of a neighbour pruned the empty folder
+            except PermissionError as exc:
+                if sys.platform != "win32":
+                    raise store_error(exc, target, "write the manifest") from exc
+                time.sleep(_RETRY_SECONDS)  # Windows refuses while a server has the old manifest open
             except OSError as exc:
                 raise store_error(exc, target, "write the manifest") from exc
     raise StoreError(
-        f"The manifest {str(target)!r} could not be written: its folder vanished {_ATTEMPTS} times",
-        why="Another program is removing models from this store.",
+        f"The manifest {str(target)!r} could not be written: {_ATTEMPTS} attempts failed",
+        why="Another program removes models from this store, or has the old manifest open.",
         next="Run the command again.",
     )
 
