@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +23,7 @@ from typing import BinaryIO
 from ollama_forge.errors import DiskError, ExistsError, NotFoundError
 
 COPY_CHUNK_BYTES = 1 << 22
+_OVERLAP_BYTES = 1 << 20
 _TEMP_NAME = re.compile(r"\.forge-(\d+)-[0-9a-f]{8}\.tmp$")
 _FICLONE = 0x40049409  # linux/fs.h
 
@@ -53,13 +55,24 @@ class HashingWriter:
     def __init__(self, stream: BinaryIO, path: Path) -> None:
         self._stream = stream
         self._hash = hashlib.sha256()
+        self._hasher: ThreadPoolExecutor | None = None
         self.path = path
         self.size_bytes = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         view = memoryview(data).cast("B")
-        self._stream.write(view)
-        self._hash.update(view)
+        if len(view) < _OVERLAP_BYTES:
+            self._hash.update(view)
+            self._stream.write(view)
+        else:
+            # Hashing costs more than writing, and both let other threads run: do them at once. The caller may use its
+            # buffer again afterwards, so neither outlives the call.
+            self._hasher = self._hasher or ThreadPoolExecutor(1, thread_name_prefix="hash")
+            hashed = self._hasher.submit(self._hash.update, view)
+            try:
+                self._stream.write(view)
+            finally:
+                hashed.result()
         self.size_bytes += len(view)
         return len(view)
 
