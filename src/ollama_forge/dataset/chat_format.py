@@ -37,8 +37,8 @@ class ChatFormat:
         template: None where the model has none (a base model).
         end_ids: tokens at which the engine stops.
         knows_thinking: whether the template tells thinking from not thinking; the engine then asks for thinking.
-        takes_system: whether the template shows a system prompt; where it does not, the engine puts its text in front of
-            the next message (llama.cpp, common/chat.cpp, `system_message_not_supported`), and so does training.
+        takes_system: whether the template shows a system prompt; where it does not, the engine puts its text in front
+            of the next message (llama.cpp, common/chat.cpp, `system_message_not_supported`), and so does training.
     """
 
     tokenizer: GGUFTokenizer
@@ -90,16 +90,23 @@ def _folder_metadata(folder: Path) -> dict[str, Any]:
 
 
 def _knows_thinking(template: ChatTemplate) -> bool:
-    """Whether the prompt, or the place of an answer's reasoning, depends on thinking."""
+    """What llama.cpp concludes (common/chat-diff-analyzer.cpp): the template shows an answer's reasoning, or its prompt
+    ends with something more when thinking is switched on or off; what ends in blanks does not count there.
+    """
     question = {"role": "user", "content": "test"}
-    answer = {"role": "assistant", "content": "answer"}
-    thought = {**answer, "reasoning_content": "a thought of its own"}
+    thought = {"role": "assistant", "content": "answer", "reasoning_content": "a thought of its own"}
+    source = template.source
+    if "content.split('</think>')" in source and "reasoning_content" not in source and "<SPECIAL_12>" not in source:
+        return True
     try:
-        asked = [template.render_for_engine([question], enable_thinking=value).text for value in (True, False)]
-        said = template.render_for_engine([question, thought], add_generation_prompt=False).text
+        said = template.render_for_engine([question, thought], add_generation_prompt=False, enable_thinking=True).text
+        if thought["reasoning_content"] in said:
+            return True
+        on, off = (template.render_for_engine([question], enable_thinking=value).text for value in (True, False))
     except TemplateError:
         return False
-    return asked[0] != asked[1] or thought["reasoning_content"] in said
+    longer, shorter = (on, off) if len(on) > len(off) else (off, on)
+    return longer.startswith(shorter) and longer != shorter and not longer[-1].isspace()
 
 
 def _takes_system(template: ChatTemplate) -> bool:

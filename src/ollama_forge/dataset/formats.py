@@ -150,15 +150,13 @@ def parse_formats(text: str) -> tuple[PreparedFormat, ...]:
 def _last_round(example: Example, losses: Counter[str]) -> _Round | None:
     """The last user turn with text that an assistant answers; of several answers to it the last one."""
     turns = example.turns
-    answer = next((i for i in reversed(range(len(turns))) if turns[i].role == "assistant" and not _is_mute(turns[i])), None)
-    question = (
-        None
-        if answer is None
-        else next((i for i in reversed(range(answer)) if turns[i].role == "user" and not turns[i].is_empty), None)
-    )
-    if answer is None or question is None:
+    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant" and not _is_mute(turn)]
+    answer = answers[-1] if answers else 0
+    questions = [i for i, turn in enumerate(turns[:answer]) if turn.role == "user" and not turn.is_empty]
+    if not questions:
         losses["no answer"] += 1
         return None
+    question = questions[-1]
     _count_richness(example, losses)
     if answer != len(turns) - 1:
         losses["after the answer"] += 1

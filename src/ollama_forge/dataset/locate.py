@@ -65,6 +65,17 @@ def locate_answer(render: Render, messages: Sequence[Mapping[str, Any]], text: s
     return Answer(turn, start, end, is_exact=False)
 
 
+def missing_prompt(render: Render, messages: Sequence[Mapping[str, Any]], text: str, answer: Answer) -> str:
+    """What the prompt that asks for an answer has in it and the finished text lacks, right before the answer.
+
+    Some templates write more when they ask (an opened or an empty thought) than they show of a turn that was answered.
+    """
+    prompt = _try(render, messages[: answer.turn], True)
+    if prompt is None or text.startswith(prompt) or not prompt.startswith(text[: answer.start]):
+        return ""
+    return prompt[answer.start :]
+
+
 def _try(render: Render, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str | None:
     try:
         return render(messages, add_generation_prompt)

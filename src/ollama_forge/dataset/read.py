@@ -74,7 +74,7 @@ def find_data_files(paths: Iterable[Path], include: Sequence[str] = ()) -> tuple
             )
         found.update(dict.fromkeys(inside))
     if not found:
-        raise DatasetError("No training data was named", next="Make a sample to begin with: ollama-forge train-data init")
+        raise DatasetError("No training data was named", next="Begin with a sample: ollama-forge train-data init")
     return tuple(found)
 
 

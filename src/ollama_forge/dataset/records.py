@@ -154,14 +154,13 @@ def _parse_alpaca(value: Mapping[str, Any], *, ignore_extra: bool) -> tuple[Turn
 def _parse_completion(value: Mapping[str, Any]) -> tuple[tuple[Turn, ...], bool]:
     prompt, completion = value["prompt"], value["completion"]
     if isinstance(prompt, list) or isinstance(completion, list):
-        before = _parse_turns(prompt, "prompt") if isinstance(prompt, list) else (Turn("user", _text(prompt, "prompt")),)
-        answers = (
-            _parse_turns(completion, "completion")
-            if isinstance(completion, list)
-            else (Turn("assistant", _text(completion, "completion")),)
-        )
-        return _require_speakers((*before, *answers)), False
+        before = _turns_or_text(prompt, "prompt", "user")
+        return _require_speakers((*before, *_turns_or_text(completion, "completion", "assistant"))), False
     return (Turn("user", _text(prompt, "prompt")), Turn("assistant", _text(completion, "completion"))), True
+
+
+def _turns_or_text(value: Any, key: str, role: str) -> tuple[Turn, ...]:
+    return _parse_turns(value, key) if isinstance(value, list) else (Turn(role, _text(value, key)),)
 
 
 def _parse_messages(value: Any, key: str) -> tuple[Turn, ...]:

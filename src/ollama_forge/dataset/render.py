@@ -21,7 +21,7 @@ from typing import Any
 
 from ollama_forge.dataset.chat_format import ChatFormat
 from ollama_forge.dataset.examples import Example, Source, Turn, answered_turns
-from ollama_forge.dataset.locate import Answer, locate_answer
+from ollama_forge.dataset.locate import Answer, Render, locate_answer, missing_prompt
 from ollama_forge.errors import TemplateError, UsageError
 from ollama_forge.tokenizer.template import Rendered
 
@@ -34,6 +34,7 @@ VIEWS = ("engine", "transformers")
 NOTES = {
     "shown differently": "answers are shown differently once more turns follow; they were found by their text",
     "only the last": "only the last answer is learnt: where the earlier ones stand could not be told exactly",
+    "prompt completed": "what the template writes only when it asks for an answer was put before the last one",
     "straddling": "answers begin inside a token that the prompt begins",
     "end added": "the template ends an answer without an end token; the tokenizer's was added after the last one",
     "no end": "answers before the last end without an end token",
@@ -162,7 +163,7 @@ def _chat_text(
         raise TemplateError(f"{example.source}: {exc.what}", why=exc.why, next=exc.next) from exc
     marked = _marked_answers(rendered, messages, wanted)
     if marked is not None:
-        return rendered.text, marked, len(messages)
+        return *_complete_prompt(render, messages, rendered.text, marked, notes), len(messages)
     places = [(turn, locate_answer(render, messages, rendered.text, turn)) for turn in wanted]
     answers = [answer for _, answer in places if answer is not None]
     missing = [turn for turn, answer in places if answer is None]
@@ -175,9 +176,25 @@ def _chat_text(
             )
         notes["only the last"] += 1
         answers = answers[-1:]
+    text, answers = _complete_prompt(render, messages, rendered.text, answers, notes)
     if any(not answer.is_exact for answer in answers):
         notes["shown differently"] += 1
-    return rendered.text, answers, len(messages)
+    return text, answers, len(messages)
+
+
+def _complete_prompt(
+    render: Render, messages: Sequence[Mapping[str, Any]], text: str, answers: list[Answer], notes: Counter[str]
+) -> tuple[str, list[Answer]]:
+    """Put before the last answer what the engine's prompt has there and the finished text has not."""
+    if not answers or answers[-1].turn != len(messages) - 1:
+        return text, answers
+    *earlier, last = answers
+    missing = missing_prompt(render, messages, text, last)
+    if not missing:
+        return text, answers
+    notes["prompt completed"] += 1
+    moved = Answer(last.turn, last.start + len(missing), last.end + len(missing), is_exact=True)
+    return text[: last.start] + missing + text[last.start :], [*earlier, moved]
 
 
 def _marked_answers(
