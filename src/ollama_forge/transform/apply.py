@@ -1,0 +1,181 @@
+"""Apply edits to a GGUF file: edited tensors back into their own type, everything else byte for byte; bounded memory.
+
+In: an open GGUF file and edits by tensor name. Out: an `EditedGGUF` (plan first: every size is known before a weight is
+read), which the caller writes with `gguf.writer.write_gguf`; then `losses` says what storing the edits cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ollama_forge.errors import GGUFError, NotFoundError, UnsupportedError
+from ollama_forge.gguf.imatrix import Imatrix
+from ollama_forge.gguf.native import IMATRIX_TYPES, can_dequantize, can_quantize, dequantize, quantize
+from ollama_forge.gguf.quantize import find_importance
+from ollama_forge.gguf.reader import GGUFFile, GGUFTensor
+from ollama_forge.gguf.types import GGMLType, row_bytes
+from ollama_forge.gguf.writer import Field, TensorEntry, copy_entry, from_reader, plan_layout
+from ollama_forge.transform.edits import Floats, LossMeter, RowChange, TensorEdit, TensorLoss, require_finite
+
+PIECE_ELEMENTS = 1 << 20
+_SPLIT_KEYS = frozenset({"split.no", "split.count", "split.tensors.count"})
+_LARGEST_F16 = 65504.0
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A tensor that the file gets beside its own: a copy of one of them under another name, edited or not.
+
+    Attributes:
+        name: the new one.
+        source: whose bytes it begins with.
+    """
+
+    name: str
+    source: str
+
+
+@dataclass(frozen=True, eq=False)
+class EditedGGUF:
+    """An edited file that is decided but not yet computed: give `fields` and `entries` to `write_gguf`.
+
+    Attributes:
+        edited: names of the tensors that will differ.
+        losses: filled while it is written, in the order of the file.
+    """
+
+    fields: tuple[Field, ...]
+    entries: tuple[TensorEntry, ...]
+    size_bytes: int
+    alignment: int
+    edited: tuple[str, ...]
+    losses: list[TensorLoss] = field(default_factory=list)
+
+
+def plan_gguf_edit(
+    source: GGUFFile,
+    edits: Sequence[TensorEdit],
+    *,
+    additions: Sequence[Addition] = (),
+    imatrix: Imatrix | None = None,
+    n_threads: int | None = None,
+) -> EditedGGUF:
+    """Decide everything; only headers are read. `source` stays open until the file is written.
+
+    Args:
+        edits: at most one for each tensor; an added tensor is edited under its new name.
+        imatrix: used for the tensors that are encoded anew.
+
+    Raises:
+        NotFoundError: an edit of a tensor that is not there.
+        UnsupportedError: a type that cannot be decoded or encoded here, or not without an importance matrix.
+        FormatError: the importance matrix was made from another model.
+    """
+    wanted = {edit.name: edit for edit in edits}
+    added = {addition.name: addition for addition in additions}
+    missing = next((name for name in wanted if name not in source.tensors and name not in added), None)
+    if missing is not None or len(wanted) != len(edits):
+        raise NotFoundError(
+            f"{str(source.path)!r} has no tensor {missing!r} to edit" if missing else "Two edits of one tensor",
+            next=f"List its tensors: ollama-forge show {source.path} --json",
+        )
+    losses: list[TensorLoss] = []
+    entries = []
+    places = [(name, name) for name in source.tensors] + [(item.name, item.source) for item in additions]
+    for name, origin in places:
+        edit = wanted.get(name)
+        if edit is None:
+            entries.append(copy_entry(source, origin, name))
+            continue
+        tensor = replace(source.find_tensor(origin), name=name)
+        importance = find_importance(imatrix, name, tensor.shape)
+        _require_codable(tensor, importance)
+        job = _Job(source, origin, tensor, edit, importance, n_threads, losses.append)
+        entries.append(TensorEntry(name, tensor.shape, tensor.type, job.chunks))
+    fields = [from_reader(entry) for key, entry in source.fields.items() if key not in _SPLIT_KEYS]
+    return EditedGGUF(
+        fields=tuple(fields),
+        entries=tuple(entries),
+        size_bytes=plan_layout(fields, entries, source.alignment).size_bytes,
+        alignment=source.alignment,
+        edited=tuple(name for name, _ in places if name in wanted),
+        losses=losses,
+    )
+
+
+def _require_codable(tensor: GGUFTensor, importance: Floats | None) -> None:
+    if not can_dequantize(tensor.type) or not can_quantize(tensor.type):
+        raise UnsupportedError(
+            f"{tensor.name!r} is {tensor.type.name}, which cannot be decoded and encoded again here",
+            why="An edited tensor goes back into its own type.",
+            next="Edit a model in another quantization, for example Q4_K_M or Q8_0.",
+        )
+    if tensor.type in IMATRIX_TYPES and importance is None:
+        raise UnsupportedError(
+            f"{tensor.name!r} is {tensor.type.name}, which cannot be encoded again without an importance matrix",
+            why="At so few bits ggml must know which columns matter.",
+            next="Add --imatrix FILE (made by llama-imatrix), or land the adapter as a layer instead of merging it.",
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """One tensor to be edited: decoded, changed, encoded and measured a few rows at a time."""
+
+    source: GGUFFile
+    origin: str
+    tensor: GGUFTensor
+    edit: TensorEdit
+    importance: Floats | None
+    n_threads: int | None
+    report: Callable[[TensorLoss], None]
+
+    def chunks(self) -> Iterator[Any]:
+        """The encoded bytes, in order."""
+        tensor = self.tensor
+        n_columns = tensor.shape[-1] if tensor.shape else 1
+        stride = row_bytes(tensor.type, n_columns)
+        change = self.edit.open()
+        meter = LossMeter(tensor.name, tensor.type.name)
+        view = self.source.read(self.origin)
+        for first, n_rows, weights in self._pieces(n_columns):
+            stored = view[first * stride : (first + n_rows) * stride]
+            before = dequantize(stored, tensor.type, (n_rows, n_columns), n_threads=self.n_threads)
+            encoded = self._encode(change, first, before, weights, meter)
+            yield encoded
+        view.release()
+        self.source.release(self.origin)
+        self.report(meter.result())
+
+    def _encode(self, change: RowChange, first: int, before: Floats, weights: Floats | None, meter: LossMeter) -> Any:
+        tensor = self.tensor
+        wanted = np.ascontiguousarray(change(first, before), dtype=np.float32)
+        require_finite(wanted, tensor.name)
+        if tensor.type is GGMLType.F16 and float(np.abs(wanted).max(initial=0.0)) > _LARGEST_F16:
+            raise GGUFError(
+                f"{tensor.name!r} would hold a weight beyond {_LARGEST_F16:g}, the largest that F16 has",
+                why="The change is far too strong, or the adapter belongs to another base.",
+                next="Check the adapter: ollama-forge adapters check ADAPTER --base REF",
+            )
+        encoded = quantize(wanted, tensor.type, weights, n_threads=self.n_threads)
+        stored = dequantize(encoded, tensor.type, before.shape, n_threads=self.n_threads)
+        meter.add(before, wanted, stored)
+        return encoded.reshape(-1)
+
+    def _pieces(self, n_columns: int) -> Iterator[tuple[int, int, Floats | None]]:
+        """(first row, rows, column weights); no piece crosses from one expert to the next."""
+        shape = self.tensor.shape
+        per_matrix = shape[-2] if len(shape) > 1 else 1
+        n_matrices = int(np.prod(shape[:-2], dtype=np.int64)) if len(shape) > 2 else 1
+        at_once = max(1, PIECE_ELEMENTS // max(1, n_columns))
+        for matrix in range(n_matrices):
+            weights = None
+            if self.importance is not None:
+                start = matrix % (self.importance.size // n_columns) * n_columns
+                weights = self.importance[start : start + n_columns]
+            for row in range(0, per_matrix, at_once):
+                yield matrix * per_matrix + row, min(at_once, per_matrix - row), weights
