@@ -29,6 +29,12 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "quantize": ("quantize", "Make a GGUF or an Ollama model smaller, equal to llama-quantize's result."),
     },
+    "train": {
+        "train-data": ("train_data", "A sample of training data to begin with; what your data is like to a model."),
+        "validate-training-data": ("validate_training_data", "Is every line fit to train on?"),
+        "prepare-training-data": ("prepare_training_data", "Training data in the form that another trainer takes."),
+        "convert-training-data-format": ("convert_training_data_format", "Training data: Alpaca to messages and back."),
+    },
     "look": {
         "list": ("list_models", "Models in Ollama's store."),
         "show": ("show", "What a model is: family, sizes, quantization mix, context, template, parameters."),

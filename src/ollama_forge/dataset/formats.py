@@ -6,6 +6,7 @@ are plain text; the others are JSON lines.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -145,6 +146,24 @@ def parse_formats(text: str) -> tuple[PreparedFormat, ...]:
     if not names:
         raise UsageError("No format was named", next="Example: --format llama.cpp")
     return tuple(FORMATS[name] for name in names)
+
+
+def line_format(target: str, *, keep_history: bool = False) -> PreparedFormat:
+    """JSON lines of `alpaca` or `messages`, as people keep their own data.
+
+    Raises:
+        UsageError: another target, or a history where the form has one anyway.
+    """
+    if target == "messages" and not keep_history:
+        return PreparedFormat("messages", ".jsonl", "messages lines", render_messages)
+    if target != "alpaca":
+        raise UsageError(
+            f"--to {target!r} with --keep-history" if keep_history else f"There is no form {target!r}",
+            why="Messages hold the whole conversation anyway; alpaca and messages are known.",
+            next="Leave --keep-history out, or say --to alpaca.",
+        )
+    render = functools.partial(render_alpaca, keep_history=keep_history)
+    return PreparedFormat("alpaca", ".jsonl", "Alpaca lines", render)
 
 
 def _last_round(example: Example, losses: Counter[str]) -> _Round | None:

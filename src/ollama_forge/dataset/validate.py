@@ -125,12 +125,14 @@ class Dataset:
         examples: in order.
         files: where they came from.
         warnings: kind of `records.WARNINGS` -> how many.
+        ignored_columns: of tables.
         n_skipped: records that could not be used and were left out because the caller allowed it.
     """
 
     examples: tuple[Example, ...]
     files: tuple[Path, ...]
     warnings: Mapping[str, int]
+    ignored_columns: tuple[str, ...] = ()
     n_skipped: int = 0
 
 
@@ -182,7 +184,8 @@ def read_dataset(
     if problems.count and not skip_invalid:
         raise problems.error()
     require_examples(len(examples), files)
-    return Dataset(tuple(examples), tuple(files), dict(sorted(tally.warnings.items())), problems.count)
+    warnings = dict(sorted(tally.warnings.items()))
+    return Dataset(tuple(examples), tuple(files), warnings, tuple(tally.ignored_columns), problems.count)
 
 
 def require_examples(count: int, files: Sequence[Path]) -> None:
