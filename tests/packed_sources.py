@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ollama_forge.arch.config import ModelConfig, hyper_fields, parse_config
 from ollama_forge.arch.families import load_family
 from ollama_forge.arch.layout import to_gguf, to_hf
-from ollama_forge.arch.rows import Family, Transform
+from ollama_forge.arch.rows import Family
 from ollama_forge.files import atomic_output
 from ollama_forge.gguf.native import IMATRIX_TYPES, dequantize, quantize
 from ollama_forge.gguf.reader import open_gguf
@@ -100,7 +100,7 @@ def dense_model(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
             parameter.data += 0.1 * torch.randn_like(parameter)
         elif "embed" not in parameter_name:
             parameter.data.mul_(4.0)
-    return model
+    return model.eval()
 
 
 def write_gguf_of(model: PreTrainedModel, name: str, path: Path, type: GGMLType, **changes: Any) -> None:
@@ -163,10 +163,3 @@ def dequantized_reference(name: str, path: Path, **changes: Any) -> PreTrainedMo
     assert not unexpected
     assert set(missing) <= ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
     return model.eval()
-
-
-def transform_of(family_name: str, gguf_name: str) -> Transform:
-    """The transform of one tensor of a family."""
-    address = load_family(_MODULES.get(family_name, family_name)).address_by_gguf_name(gguf_name)
-    assert address is not None
-    return address.row.transform

@@ -70,7 +70,7 @@ def load_packed(source: Path | GGUFFile, *, workspace_bytes: int = WORKSPACE_BYT
     filler = _Filler(model, family, file, Workspace(workspace_bytes))
     skipped = filler.fill()
     _set_frequencies(model, file)
-    model.requires_grad_(False)
+    model.requires_grad_(False).eval()
     install_chunked_loss(model)
     keep_heap_small(model)
     return PackedModel(model, family, file, filler.workspace, skipped)
