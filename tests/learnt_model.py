@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from ollama_forge.engine import open_engine
+from ollama_forge.engine_sampling import Sampling
 
 DEMO_DIR = Path(__file__).resolve().parents[1] / "src" / "ollama_forge" / "demo"
 MODEL_DIR = DEMO_DIR / "model"
@@ -551,6 +554,19 @@ def score_answers(examples: Iterable[Example], answers: Iterable[str]) -> list[S
     return [Score(kind, right[kind], asked[kind]) for kind in asked]
 
 
-def score_model(ask: Callable[[list[dict[str, str]]], str], examples: Sequence[Example]) -> list[Score]:
-    """Ask one by one; `ask` takes messages and gives the model's text."""
-    return score_answers(examples, [ask(example.messages) for example in examples])
+def engine_answers(
+    gguf_path: Path, examples: Sequence[Example], *, adapters: Sequence[tuple[Path, float]] = ()
+) -> list[str]:
+    """What a GGUF says to each example through llama.cpp, greedily; an answer that does not stop keeps a mark of it."""
+    sampling = Sampling(temperature=0.0, seed=0, max_tokens=48)
+    with open_engine(gguf_path, adapters=adapters) as engine:
+        said = [engine.chat(example.messages, sampling) for example in examples]
+    return [answer.text if answer.stop_reason == "stop" else f"{answer.text} [does not stop]" for answer in said]
+
+
+def score_engine(
+    gguf_path: Path, examples: Sequence[Example], *, adapters: Sequence[tuple[Path, float]] = ()
+) -> dict[str, Score]:
+    """`engine_answers`, judged: the score of each kind."""
+    answers = engine_answers(gguf_path, examples, adapters=adapters)
+    return {score.kind: score for score in score_answers(examples, answers)}
