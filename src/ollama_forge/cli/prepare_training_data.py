@@ -83,7 +83,7 @@ def command(
         )
     report_preparation(console, done, dry_run=dry_run)
     if not dry_run and not console.as_json:
-        console.line(f"Next: {_next_step(done)}")
+        console.line(f"Prepared {done.written[0].n_samples:,} samples. Next: {_next_step(done)}")
 
 
 def report_preparation(console: Console, done: Preparation, *, dry_run: bool) -> None:
@@ -132,7 +132,7 @@ def _next_step(done: Preparation) -> str:
     first = done.written[0]
     if first.format == "llama.cpp":
         return (
-            f"run your trainer (finetune --train-data {first.path} --sample-start '### Instruction' ...), or let "
-            "ollama-forge do it all: ollama-forge finetune --data DATA --base llama3.2 --name my-model"
+            f"run your trainer (llama.cpp: finetune --train-data {first.path} --sample-start '### Instruction' ...) "
+            "or let train-run do it all: ollama-forge train-run --data DATA --base llama3.2 --name my-model"
         )
-    return "give it to your trainer, then: ollama-forge retrain --base llama3.2 --adapter ADAPTER --name my-model"
+    return "run your trainer, then: ollama-forge retrain --base llama3.2 --adapter ADAPTER --name my-model"

@@ -14,6 +14,7 @@ receive. The rules:
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -128,9 +129,13 @@ def render_example(
     tokens = _tokenize(chat_format, text)
     learnt = bytearray(len(tokens))
     found: set[str] = set()
-    chosen = answers[-1:] if options.learn == "last" else answers
-    for answer in chosen:
-        first, last = _mark(chat_format, text, tokens, answer, learnt, found)
+    last_characters = _last_characters(chat_format, tokens)
+    for answer in answers[-1:] if options.learn == "last" else answers:
+        first = bisect_left(last_characters, answer.start)
+        last = bisect_left(last_characters, answer.end)
+        last = _mark(chat_format, text, tokens, (first, last), learnt, found) if first < last else first
+        if first < last and tokens[first][1] < answer.start:
+            found.add("straddling")
         if last == len(tokens) and answer.turn == n_turns - 1 and not _ends(chat_format, tokens[first:last]):
             _append_end(chat_format, text, tokens, learnt, found)
     if options.learn == "all":
@@ -186,7 +191,7 @@ def _complete_prompt(
     render: Render, messages: Sequence[Mapping[str, Any]], text: str, answers: list[Answer], notes: Counter[str]
 ) -> tuple[str, list[Answer]]:
     """Put before the last answer what the engine's prompt has there and the finished text has not."""
-    if not answers or answers[-1].turn != len(messages) - 1:
+    if not answers or answers[-1].turn != len(messages) - 1 or answers[-1].is_exact:
         return text, answers
     *earlier, last = answers
     missing = missing_prompt(render, messages, text, last)
@@ -205,7 +210,7 @@ def _marked_answers(
     if not rendered.spans or len(rendered.spans) != len(speaking):
         return None
     return [
-        Answer(turn, start, end, is_exact=True)
+        Answer(turn, start, end, is_exact=False)  # whether the prompt stands before it is not known yet
         for turn, (start, end) in zip(speaking, rendered.spans, strict=True)
         if turn in wanted
     ]
@@ -283,31 +288,29 @@ def _tokenize(chat_format: ChatFormat, text: str) -> list[tuple[int, int, int]]:
     return [(tokenizer.bos_id, 0, skip), *((token_id, start + skip, end + skip) for token_id, start, end in placed)]
 
 
+def _last_characters(chat_format: ChatFormat, tokens: Sequence[tuple[int, int, int]]) -> list[int]:
+    """The last character of each token; an end token that swallows blanks on its right ends before them."""
+    spellings, end_ids = chat_format.tokenizer.tokens, chat_format.end_ids
+    return [
+        max(start, (min(end, start + len(spellings[token_id])) if token_id in end_ids else end) - 1)
+        for token_id, start, end in tokens
+    ]
+
+
 def _mark(
     chat_format: ChatFormat,
     text: str,
     tokens: Sequence[tuple[int, int, int]],
-    answer: Answer,
+    span: tuple[int, int],
     learnt: bytearray,
     found: set[str],
-) -> tuple[int, int]:
-    """Mark the tokens of an answer and the one that ends it; returns their range."""
-    inside = [
-        index
-        for index, (token_id, start, end) in enumerate(tokens)
-        if answer.start <= max(start, _end_of(chat_format, token_id, start, end) - 1) < answer.end
-    ]
-    if not inside:
-        return 0, 0
-    first, last = inside[0], inside[-1] + 1
-    if tokens[first][1] < answer.start:
-        found.add("straddling")
-    last = _cut_after_end(chat_format, text, tokens, first, last)
+) -> int:
+    """Mark the tokens of an answer and the one that ends it; returns where that is."""
+    first, last = span[0], _cut_after_end(chat_format, text, tokens, *span)
     if not _ends(chat_format, tokens[first:last]) and last < len(tokens):
         found.add("no end")
-    for index in range(first, last):
-        learnt[index] = 1
-    return first, last
+    learnt[first:last] = b"\1" * (last - first)
+    return last
 
 
 def _cut_after_end(
@@ -330,13 +333,6 @@ def _cut_after_end(
 
 def _ends(chat_format: ChatFormat, tokens: Sequence[tuple[int, int, int]]) -> bool:
     return bool(tokens) and tokens[-1][0] in chat_format.end_ids
-
-
-def _end_of(chat_format: ChatFormat, token_id: int, start: int, end: int) -> int:
-    """Where a token ends; an end token that swallows blanks ends before them."""
-    if token_id not in chat_format.end_ids:
-        return end
-    return min(end, start + len(chat_format.tokenizer.tokens[token_id]))
 
 
 def _append_end(

@@ -151,12 +151,12 @@ class ProblemList:
 
     def error(self) -> DatasetError:
         """The error that shows the first few and counts the rest."""
-        shown = "\n".join(f"  {problem}" for problem in self.first)
+        shown = "\n        ".join(map(str, self.first))
         rest = self.count - len(self.first)
         paths = list(dict.fromkeys(str(problem.source.path) for problem in self.first))
         return DatasetError(
             f"{self.count:,} invalid line(s) in the training data",
-            why="\n" + shown + (f"\n  ... and {rest:,} more" if rest else ""),
+            why=shown + (f"\n        ... and {rest:,} more" if rest else ""),
             next=f"Run for the full list: ollama-forge validate-training-data {' '.join(paths)}",
         )
 
