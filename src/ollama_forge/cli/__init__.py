@@ -21,12 +21,14 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "get": {
         "import": ("import_model", "A Hugging Face folder becomes a quantized model in Ollama, in one pass."),
         "convert": ("convert", "A Hugging Face folder becomes a GGUF file; or a GGUF file becomes an Ollama model."),
+        "adapters": ("adapters", "Does a LoRA fit a model (check), and what is it in the other format (convert)?"),
     },
     "make": {
         "create-from-base": (
             "create_from_base",
             "A new model from one you have: prompt, parameters, template, adapter.",
         ),
+        "merge": ("merge", "Merge adapters into a model, back into the same quantization."),
         "quantize": ("quantize", "Make a GGUF or an Ollama model smaller, equal to llama-quantize's result."),
     },
     "train": {
@@ -34,6 +36,11 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "validate-training-data": ("validate_training_data", "Is every line fit to train on?"),
         "prepare-training-data": ("prepare_training_data", "Training data in the form that another trainer takes."),
         "convert-training-data-format": ("convert_training_data_format", "Training data: Alpaca to messages and back."),
+    },
+    "train ": {
+        "finetune": ("finetune", "Fine-tune the model that Ollama runs: data in, a trained and checked model out."),
+        "train-run": ("finetune", "The same as finetune."),
+        "retrain": ("retrain", "A base and a trained adapter become an Ollama model: a layer, or merged."),
     },
     "look": {
         "list": ("list_models", "Models in Ollama's store."),

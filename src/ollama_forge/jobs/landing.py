@@ -151,8 +151,31 @@ def land_named(
     return _send(None, base, name, changes, options, adapters, time.monotonic())
 
 
+def land_planned(
+    planned: Planned,
+    name: str,
+    changes: Modelfile,
+    options: LandOptions,
+    *,
+    adapters: Sequence[Path] = (),
+    projector: Path | None = None,
+) -> LandedModel:
+    """A GGUF that is decided but not yet computed becomes an Ollama model, written once, straight into the store.
+
+    Args:
+        projector: the mmproj of a model that sees or hears; a server does not take it.
+    """
+    validate_writable(parse_name(name))
+    return _land_planned(planned, name, changes, options, adapters, projector)
+
+
 def _land_planned(
-    planned: Planned, name: str, changes: Modelfile, options: LandOptions, adapters: Sequence[Path]
+    planned: Planned,
+    name: str,
+    changes: Modelfile,
+    options: LandOptions,
+    adapters: Sequence[Path],
+    projector: Path | None = None,
 ) -> LandedModel:
     started = time.monotonic()
     if options.server is not None:
@@ -164,7 +187,7 @@ def _land_planned(
         with store.blobs.stage(gguf.size_bytes) as staged:
             with options.progress(f"Making {name}", gguf.size_bytes) as advance:
                 write_gguf(staged, gguf.fields, gguf.entries, alignment=gguf.alignment, advance=advance)
-            landed = _run_landing(store, staged, name, changes, options, adapters, 0)
+            landed = _run_landing(store, staged, name, changes, options, adapters, 0, projector)
         return _result(landed, started, gguf)
 
 
@@ -201,6 +224,7 @@ def _run_landing(
     options: LandOptions,
     adapters: Sequence[Path],
     size_bytes: int,
+    projector: Path | None = None,
 ) -> Landed:
     with _watched(options.progress, f"Hashing {name}", size_bytes) as advance:
         return land(
@@ -209,6 +233,7 @@ def _run_landing(
             model=model,
             modelfile=changes,
             adapters=adapters,
+            projector=projector,
             overwrite=options.overwrite,
             check=check_model if options.check else None,
             advance=advance,

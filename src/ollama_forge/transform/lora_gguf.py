@@ -83,22 +83,19 @@ def require_expressible(fitted: FittedAdapter) -> None:
         AdapterError: with the tensor's name.
     """
     for item in fitted.replacements:
-        _refuse(
-            item.replacement.tensor.name, "it is a whole tensor, and a LoRA file holds only products of two matrices"
-        )
+        _refuse(item.replacement.tensor.name, "it is a whole tensor, and a LoRA file holds only pairs of matrices")
     for pair in fitted.pairs:
-        for vector, what in ((pair.pair.magnitude, "DoRA"), (pair.pair.bias, "a trained bias")):
-            if vector is not None:
-                _refuse(
-                    vector.name, f"llama.cpp knows no {what}" if what == "DoRA" else f"llama.cpp adds no {what[2:]}"
-                )
+        if pair.pair.magnitude is not None:
+            _refuse(pair.pair.magnitude.name, "llama.cpp knows no DoRA")
+        if pair.pair.bias is not None:
+            _refuse(pair.pair.bias.name, "llama.cpp adds no trained bias")
         name = pair.pair.b.name
         if is_vector(pair) or pair.role is Role.POSITION_EMBEDDING:
             _refuse(name, f"llama.cpp applies no LoRA to {pair.gguf_name!r}")
         if pair.gguf_name == HEAD and fitted.base.is_tied:
             _refuse(name, "the base has no output head of its own: it uses the token embedding (tied)")
         if pair.gguf_name == EMBEDDING and fitted.base.is_tied:
-            _refuse(name, "the base uses the embedding as output head too (tied), and llama.cpp would change both")
+            _refuse(name, "the base uses the embedding as output head too (tied); llama.cpp stops on that")
 
 
 def _refuse(tensor_name: str, why: str) -> None:

@@ -1,7 +1,7 @@
 """A LoRA GGUF (or an old ggla file) becomes a PEFT folder that `PeftModel.from_pretrained` loads.
 
-In: a `FittedAdapter`. Out: adapter_config.json and the entries of adapter_model.safetensors. Rows of Llama's queries and
-keys go back into the order of transformers; the numbers stay what they were.
+In: a `FittedAdapter`. Out: adapter_config.json and the entries of adapter_model.safetensors. Rows of Llama's queries
+and keys go back into the order of transformers; the numbers stay what they were.
 """
 
 from __future__ import annotations
@@ -157,8 +157,9 @@ def _config(fitted: FittedAdapter) -> dict[str, Any]:
 
 
 def _short_names(modules: dict[str, Any]) -> set[str]:
-    """`q_proj` where every layer has it; whole names otherwise would be many."""
-    return {name.rpartition(".")[2] for name in modules}
+    """`q_proj` where every layer has each of them; else whole names, so that PEFT makes no others."""
+    counts = Counter(name.rpartition(".")[2] for name in modules)
+    return set(counts) if len(set(counts.values())) == 1 else set(modules)
 
 
 def _plain(value: float) -> int | float:

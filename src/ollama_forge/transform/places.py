@@ -99,3 +99,15 @@ def iter_rows(file: GGUFFile, name: str) -> Iterator[tuple[int, Floats]]:
         n_rows = min(at_once, total - first)
         yield first, dequantize(view[first * stride : (first + n_rows) * stride], tensor.type, (n_rows, n_columns))
     file.release(name)
+
+
+def relative_difference(values: Floats, file: GGUFFile, name: str) -> float:
+    """|values - base| / |values| for a whole tensor in GGUF's order."""
+    wanted = difference = 0.0
+    flat = values.reshape(-1, values.shape[-1])
+    for first, rows in iter_rows(file, name):
+        mine = flat[first : first + len(rows)]
+        wanted += float(np.einsum("ij,ij->i", mine, mine).sum(dtype=np.float64))
+        error = mine - rows
+        difference += float(np.einsum("ij,ij->i", error, error).sum(dtype=np.float64))
+    return math.sqrt(difference / wanted) if wanted else math.inf if difference else 0.0

@@ -1,0 +1,147 @@
+"""`merge`: a base and adapters become one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ollama_forge.cli.console import Console, human_bytes
+from ollama_forge.cli.landing import landing_options, report_landed
+from ollama_forge.cli.options import modelfile_options, threads_option
+from ollama_forge.errors import UsageError
+
+if TYPE_CHECKING:
+    from ollama_forge.jobs.landing import LandedModel, LandOptions
+    from ollama_forge.jobs.merging import MergedModel, MergeInput
+    from ollama_forge.store.modelfile import Modelfile
+
+_SHOWN = 12
+
+
+@click.command(
+    "merge",
+    epilog="Examples: ollama-forge merge llama3.2 ./my-adapter -o merged.gguf"
+    "   |   ollama-forge merge llama3.2 ./one ./two --weight 0.7 --weight 0.3 --name mine",
+)
+@click.argument("base")
+@click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The GGUF file (or folder) to write.")
+@click.option("--name", help="The Ollama model to make.")
+@click.option(
+    "--weight", "weights", multiple=True, type=float, metavar="X", help="Strength of each adapter, in order (1.0)."
+)
+@click.option("--imatrix", type=click.Path(path_type=Path, exists=True), help="Importance matrix for what is edited.")
+@click.option("--untie", is_flag=True, help="Give a model with a tied output head one of its own, where needed.")
+@threads_option
+@modelfile_options
+@landing_options
+def command(
+    base: str,
+    adapters: tuple[Path, ...],
+    output: Path | None,
+    name: str | None,
+    weights: tuple[float, ...],
+    imatrix: Path | None,
+    untie: bool,
+    n_threads: int | None,
+    changes: Modelfile,
+    options: LandOptions,
+    console: Console,
+) -> None:
+    """Merge adapters into a model, back into the same quantization; tensors that no adapter names stay as they are."""
+    from ollama_forge.jobs.landing import land_gguf
+    from ollama_forge.jobs.merging import MergeOptions, inherited, merge_and_land, merge_model
+    from ollama_forge.jobs.resolve import resolve
+
+    if output is None and name is None:
+        raise UsageError(
+            "merge needs -o OUT.gguf or --name NAME",
+            next=f"ollama-forge merge {base} {adapters[0]} -o merged.gguf",
+        )
+    inputs = weighted(adapters, weights)
+    model = resolve(base, options.store_path)
+    wanted = MergeOptions(untie=untie, imatrix=imatrix, n_threads=n_threads)
+    if output is None:
+        assert name is not None
+        merged, landed = merge_and_land(model, inputs, name, changes, options, wanted)
+        report_merged_and_landed(console, merged, landed)
+        return
+    if name is not None and model.folder is not None:
+        raise UsageError(
+            "-o and --name do not go together for a Hugging Face folder",
+            why="The folder would have to be converted as well.",
+            next=f"Merge it, then: ollama-forge import {output} --name {name}",
+        )
+    merged = merge_model(
+        model, inputs, output, wanted, overwrite=options.overwrite, dry_run=options.dry_run, progress=options.progress
+    )
+    if name is None or options.dry_run:
+        _warn(console, merged)
+        console.result(merged.document(), lambda: show_merged(console, merged))
+        return
+    report_merged_and_landed(console, merged, land_gguf(output, name, inherited(model, changes), options))
+
+
+def weighted(adapters: tuple[Path, ...], weights: tuple[float, ...]) -> list[MergeInput]:
+    """Each adapter with its weight.
+
+    Raises:
+        UsageError: there are more weights than adapters, or one is not a finite number.
+    """
+    import math
+
+    from ollama_forge.jobs.merging import MergeInput
+
+    if weights and len(weights) != len(adapters):
+        raise UsageError(
+            f"{len(weights)} times --weight for {len(adapters)} adapters",
+            why="Each adapter has one, in the order in which they are named.",
+            next="Give --weight once for each adapter, or not at all.",
+        )
+    if not all(math.isfinite(weight) and weight != 0 for weight in weights):
+        raise UsageError("--weight must be a finite number other than 0", next="Example: --weight 0.5")
+    return [MergeInput(path, weight) for path, weight in zip(adapters, weights or [1.0] * len(adapters), strict=True)]
+
+
+def _warn(console: Console, merged: MergedModel) -> None:
+    for warning in merged.warnings:
+        console.warn(warning)
+
+
+def report_merged_and_landed(console: Console, merged: MergedModel, landed: LandedModel) -> None:
+    """Print a merge that ended in Ollama."""
+    _warn(console, merged)
+    if not console.as_json:
+        show_losses(console, merged)
+    report_landed(console, landed, {"merged": merged.document()})
+
+
+def show_merged(console: Console, merged: MergedModel) -> None:
+    """The lines for people."""
+    show_losses(console, merged)
+    counts = f"{merged.edited} tensors edited, {merged.untouched} untouched"
+    if merged.is_dry_run:
+        console.line(f"Would write {merged.output}, {human_bytes(merged.size_bytes)}: {counts}. Nothing was changed.")
+        return
+    console.line(f"{merged.output}  {human_bytes(merged.size_bytes)}  {counts}")
+    verb = "convert --gguf" if merged.sha256 else "import"
+    console.done(f"Written in {merged.seconds:.1f} s. Next: ollama-forge {verb} {merged.output} --name NAME")
+
+
+def show_losses(console: Console, merged: MergedModel) -> None:
+    """What storing the edits cost, the worst tensors first."""
+    if not merged.losses:
+        return
+    worst = sorted(merged.losses, key=lambda loss: loss.survived)[:_SHOWN]
+    console.table(
+        ("TENSOR", "TYPE", "CHANGE", "SURVIVED", "ERROR"),
+        [
+            (loss.name, loss.type, f"{loss.change:.2%}", f"{loss.survived:.1%}", f"{loss.relative_error:.3%}")
+            for loss in worst
+        ],
+        right=("CHANGE", "SURVIVED", "ERROR"),
+    )
+    if len(merged.losses) > _SHOWN:
+        console.line(f"... and {len(merged.losses) - _SHOWN} more, of which more survived (all of them with --json).")
