@@ -15,12 +15,14 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from ollama_forge.errors import DiskError, ExistsError, NotFoundError
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 COPY_CHUNK_BYTES = 1 << 22
 _OVERLAP_BYTES = 1 << 20
@@ -67,14 +69,20 @@ class HashingWriter:
         else:
             # Hashing costs more than writing, and both let other threads run: do them at once. The caller may use its
             # buffer again afterwards, so neither outlives the call.
-            self._hasher = self._hasher or ThreadPoolExecutor(1, thread_name_prefix="hash")
-            hashed = self._hasher.submit(self._hash.update, view)
+            hashed = self._hashing_thread().submit(self._hash.update, view)
             try:
                 self._stream.write(view)
             finally:
                 hashed.result()
         self.size_bytes += len(view)
         return len(view)
+
+    def _hashing_thread(self) -> ThreadPoolExecutor:
+        if self._hasher is None:
+            from concurrent.futures import ThreadPoolExecutor  # only large files need it, and importing it takes time
+
+            self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hash")
+        return self._hasher
 
     @property
     def sha256(self) -> str:

@@ -1,0 +1,28 @@
+"""Files appear whole, with the hash of their bytes, or not at all."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from ollama_forge.files import atomic_output
+
+
+@pytest.mark.parametrize("sizes", [(1,), (1 << 20,), (10, 3 << 20, 0, 5, (1 << 20) - 1, 2 << 20)])
+def test_the_hash_is_that_of_the_file_whatever_the_chunks(sizes: tuple[int, ...], tmp_path: Path) -> None:
+    buffer = bytearray(max(sizes))
+    with atomic_output(tmp_path / "file") as sink:
+        for number, size in enumerate(sizes):
+            buffer[:size] = bytes([number + 1]) * size
+            assert sink.write(memoryview(buffer)[:size]) == size
+            buffer[:size] = bytes(size)
+    content = (tmp_path / "file").read_bytes()
+    assert len(content) == sink.size_bytes == sum(sizes)
+    assert hashlib.sha256(content).hexdigest() == sink.sha256
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="enough"), atomic_output(tmp_path / "file") as sink:
+        sink.write(bytes(2 << 20))
+        raise RuntimeError("enough")
+    assert list(tmp_path.iterdir()) == []
