@@ -1,7 +1,7 @@
 """The `general.*` fields: what the model card, the folder's name and generation_config.json say about a model.
 
 In: a model folder. Out: GGUF fields with the keys, types and values of llama.cpp's converter
-(gguf-py/gguf/metadata.py).
+(gguf-py/gguf/metadata.py), except for the name of a model in a Hugging Face cache: see `model_id_of`.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def general_fields(
     own_name = config.get("_name_or_path")
     if isinstance(own_name, str) and own_name.count("/") <= 1:
         _offer_parts(card, parse_model_name(own_name, parameters.total))
-    _offer_parts(card, parse_model_name(folder.resolve().name, parameters.total))
+    _offer_parts(card, parse_model_name(model_id_of(folder), parameters.total))
     card.offer("name", folder.resolve().name)
     if name is not None:
         card.values["name"] = name
@@ -140,6 +140,18 @@ def general_fields(
         if words:
             fields.append(array(f"general.{key}", ValueType.STRING, words))
     return fields, warnings
+
+
+def model_id_of(folder: Path) -> str:
+    """What a folder is called: its name, or `organization/repository` for a snapshot in a Hugging Face cache.
+
+    llama.cpp's converter names such a model by the snapshot's revision, 40 hexadecimal digits that say nothing.
+    """
+    folder = folder.resolve()
+    parts = folder.parent.parent.name.split("--")
+    if folder.parent.name == "snapshots" and parts[0] == "models" and len(parts) > 1:
+        return "/".join(parts[1:])
+    return folder.name
 
 
 def read_front_matter(folder: Path) -> tuple[Mapping[str, Any], tuple[str, ...]]:

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from ollama_forge.convert.card import model_id_of
 from ollama_forge.convert.plan import ConvertOptions
 from ollama_forge.errors import FormatError, MissingExtraError, NotFoundError, UnsafeFileError
 
@@ -50,7 +51,7 @@ def convert_with_llama_cpp(
         raise NotFoundError(f"There is no folder {str(folder)!r}", next="Check the path.")
     with tempfile.TemporaryDirectory(prefix="ollama-forge-convert-", dir=work_folder) as home:
         # The converter takes the model's name from the name of the folder.
-        links = Path(home) / "model" / folder.name
+        links = Path(home) / "model" / model_id_of(folder).rpartition("/")[2]
         link_model(folder, links)
         out = Path(home) / "model.gguf"
         command = [*network_barrier(), sys.executable, "-E", "-s", str(script), str(links)]
