@@ -7,9 +7,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 import tiny_templates
 import tiny_tokenizers
+import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -57,15 +59,15 @@ TOOLS = [
 ]
 
 
+class Noon(datetime):
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime:
+        return NOON
+
+
 @pytest.fixture
 def reference(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """transformers' own renderer, at noon."""
-
-    class Noon(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            return NOON
-
     monkeypatch.setattr(chat_template_utils, "datetime", Noon)
     from tokenizers import Tokenizer, models
 
@@ -107,6 +109,36 @@ def test_variables_reach_the_template(reference: Callable[..., str]) -> None:
 
 def test_date_is_the_clock_that_was_given() -> None:
     assert "Today: 04 Mar 2026" in ours(tiny_templates.LLAMA3, [USER])
+
+
+PUBLISHED = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_published_templates_and_their_generation_blocks_equal_transformers(
+    monkeypatch: pytest.MonkeyPatch, path: Path
+) -> None:
+    monkeypatch.setattr(chat_template_utils, "datetime", Noon)
+    source = path.read_text()
+    reasoning = [USER, {"role": "assistant", "content": "x", "reasoning_content": "why"}, USER]
+    chats = [(chat, None) for chat in (*CHATS.values(), reasoning, TOOL_CHAT)] + [(TOOL_CHAT, TOOLS)]
+    n_equal = 0
+    for messages, tools in chats:
+        cleaned = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        options = {"bos_token": "<s>", "eos_token": "</s>", "return_assistant_tokens_mask": True}
+        template = ChatTemplate(source, "<s>", "</s>", now=lambda: NOON)
+        try:
+            texts, spans = chat_template_utils.render_jinja_template(
+                [cleaned], tools=tools, chat_template=source, add_generation_prompt=True, **options
+            )
+        except (jinja2.TemplateError, TypeError):
+            with pytest.raises(TemplateError):
+                template.render(messages, tools=tools)
+            continue
+        rendered = template.render_spans(messages, tools=tools)
+        assert (rendered.text, list(rendered.spans)) == (texts[0], [tuple(span) for span in spans[0]])
+        n_equal += 1
+    assert n_equal > 0
 
 
 SNIPPETS = {

@@ -234,7 +234,11 @@ def _token_spelling(token: Any, token_id: int) -> str:
 
 
 def _is_text(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _without_surrogates(text: str) -> str:

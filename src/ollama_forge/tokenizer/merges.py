@@ -5,7 +5,7 @@ In: the merges of `tokenizer.json` (two spellings) or `merges.txt`. Out: pairs; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +87,10 @@ def merges_from_scores(scores: Mapping[str, float]) -> Iterator[tuple[str, str]]
     """Every pair of pieces that joins into a piece, the best-scored piece first."""
     order = {piece: index for index, piece in enumerate(scores)}
     for piece in sorted(scores, key=lambda piece: (-scores[piece], order[piece])):
-        yield from sorted(splits_of(piece, order), key=lambda pair: (-len(pair[0]), order[pair[0]]))
+        yield from reversed(splits_of(piece, order))
 
 
-def splits_of(piece: str, pieces: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def splits_of(piece: str, pieces: Container[str]) -> list[tuple[str, str]]:
     """The ways to cut a piece into two pieces."""
-    for cut in range(1, len(piece)):
-        if piece[:cut] in pieces and piece[cut:] in pieces:
-            yield piece[:cut], piece[cut:]
+    cuts = range(1, len(piece))
+    return [(piece[:cut], piece[cut:]) for cut in cuts if piece[:cut] in pieces and piece[cut:] in pieces]

@@ -7,6 +7,7 @@ length checked against what is left, so no foreign parser sees an untrusted file
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ollama_forge.tokenizer.folder import read_limited
 MAX_MODEL_BYTES = 128 << 20
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _UNIGRAM = 1
+_NORMAL = TokenType.NORMAL
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,10 @@ def parse_sentencepiece(content: bytes) -> SentencePieceModel:
 
 
 def _parse_piece(message: bytes) -> Piece:
+    # what SentencePiece writes, nearly always: a short text, a score, and nothing for an ordinary piece
+    if len(message) > 6 and message[0] == 0x0A and message[-5] == 0x15 and message[1] == len(message) - 7 < 0x80:
+        with contextlib.suppress(UnicodeDecodeError):
+            return Piece(message[2:-5].decode("utf-8"), struct.unpack_from("<f", message, len(message) - 4)[0], _NORMAL)
     text, score, kind = "", 0.0, TokenType.NORMAL
     for number, wire, value in _fields(message):
         if number == 1 and isinstance(value, bytes):

@@ -325,8 +325,10 @@ def _from_byte_level_bpe(files: TokenizerFolder, config: Mapping[str, Any], size
     ids = vocabulary_ids(files, model)
     texts = {token_id: text for text, token_id in ids.items()}
     added = listed_in_tokenizer(files)
+    known = set(ids) | {str(entry["content"]) for entry in added.values()}
     for token_id, entry in listed_in_settings(files).items():
-        added.setdefault(token_id, entry)
+        if entry["content"] not in known or ids.get(str(entry["content"])) == token_id:
+            added.setdefault(token_id, entry)
     for token_id, text in named_special(files, ids).items():
         added.setdefault(token_id, {"content": text, "special": True, "normalized": False})
     n_known = max([*texts, *added], default=-1) + 1
