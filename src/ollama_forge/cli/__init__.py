@@ -32,15 +32,12 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "quantize": ("quantize", "Make a GGUF or an Ollama model smaller, equal to llama-quantize's result."),
     },
     "train": {
+        "finetune": ("finetune", "Fine-tune the model that Ollama runs: data in, a trained and checked model out."),
+        "train-run": ("finetune", "The same as finetune."),
         "train-data": ("train_data", "A sample of training data to begin with; what your data is like to a model."),
         "validate-training-data": ("validate_training_data", "Is every line fit to train on?"),
         "prepare-training-data": ("prepare_training_data", "Training data in the form that another trainer takes."),
         "convert-training-data-format": ("convert_training_data_format", "Training data: Alpaca to messages and back."),
-    },
-    "train ": {
-        "finetune": ("finetune", "Fine-tune the model that Ollama runs: data in, a trained and checked model out."),
-        "train-run": ("finetune", "The same as finetune."),
-        "retrain": ("retrain", "A base and a trained adapter become an Ollama model: a layer, or merged."),
     },
     "look": {
         "list": ("list_models", "Models in Ollama's store."),

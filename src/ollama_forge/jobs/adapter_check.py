@@ -66,6 +66,11 @@ class AdapterReport:
     def fits(self) -> bool:
         return not any(verdict.is_fatal and verdict.state == DIFFERS for verdict in self.verdicts)
 
+    @property
+    def needs_merge(self) -> bool:
+        """Whether it fits, but not as an adapter layer."""
+        return any(verdict.name == "form" and verdict.state == DIFFERS for verdict in self.verdicts)
+
     def document(self) -> dict[str, Any]:
         """The JSON form."""
         return {
@@ -73,6 +78,7 @@ class AdapterReport:
             "kind": self.kind,
             "base": self.base,
             "fits": self.fits,
+            "needs_merge": self.needs_merge,
             "verdicts": [verdict.document() for verdict in self.verdicts],
         }
 

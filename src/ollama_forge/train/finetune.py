@@ -11,7 +11,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,93 +34,19 @@ from ollama_forge.dataset.tokenize import Tokenized
 from ollama_forge.errors import InterruptedRunError, TrainingError
 from ollama_forge.files import write_bytes
 from ollama_forge.train.loss import install_chunked_loss
-from ollama_forge.train.report import LossPoint
+from ollama_forge.train.options import (
+    LoopOptions,
+    LoraOptions,
+    LossPoint,
+    StepReport,
+    TrainedAdapter,
+    Watch,
+    plan_steps,
+)
 
 COMPLETE_MARK = "complete.json"
 _BASE_LOSS_EXAMPLES = 32
 _ROUTER_NAMES = ("router", "gate")
-
-
-@dataclass(frozen=True)
-class LoraOptions:
-    """The adapter. `alpha` None: twice the rank. `target_modules` empty: every linear layer but head and experts."""
-
-    rank: int = 16
-    alpha: float | None = None
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class LoopOptions:
-    """The loop.
-
-    Attributes:
-        epochs, max_steps: whichever ends first; `max_steps` 0: no limit.
-        batch_size, grad_accum: sequences per forward pass, and passes per optimizer step.
-        warmup: steps, or below 1 the share of all steps.
-        early_stop: evaluations without improvement before it ends; 0: never.
-        checkpoint_every: optimizer steps; 0: about ten in a run.
-        checkpointing: recompute activations in backward instead of keeping them.
-        device: `auto`, `cpu` or `cuda`.
-    """
-
-    epochs: float = 3.0
-    max_steps: int = 0
-    learning_rate: float = 2e-4
-    batch_size: int = 1
-    grad_accum: int = 8
-    warmup: float = 0.03
-    scheduler: str = "cosine"
-    weight_decay: float = 0.0
-    seed: int = 0
-    early_stop: int = 0
-    checkpoint_every: int = 0
-    checkpointing: bool = True
-    device: str = "auto"
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """Where a run stands."""
-
-    step: int
-    total_steps: int
-    loss: float
-    tokens_per_second: float
-    seconds_left: float
-
-
-@dataclass(frozen=True)
-class TrainedAdapter:
-    """A finished run.
-
-    Attributes:
-        folder: PEFT layout: adapter_config.json and adapter_model.safetensors.
-        base_loss: of the untouched model on the examples it is judged by, nats per token.
-        final_loss: on the same examples afterwards.
-    """
-
-    folder: Path
-    steps: int
-    train_losses: tuple[LossPoint, ...]
-    validation_losses: tuple[LossPoint, ...]
-    base_loss: float
-    final_loss: float
-    n_trained_parameters: int
-    n_tokens: int
-    seconds: float
-    warnings: tuple[str, ...] = ()
-
-
-Watch = Callable[[StepReport], None]
-
-
-def plan_steps(n_examples: int, loop: LoopOptions, n_processes: int = 1) -> int:
-    """Optimizer steps of a run; at least one."""
-    per_epoch = max(1, math.ceil(n_examples / (loop.batch_size * loop.grad_accum * n_processes)))
-    steps = max(1, math.ceil(per_epoch * loop.epochs))
-    return min(steps, loop.max_steps) if loop.max_steps else steps
 
 
 def train_adapter(
@@ -166,7 +92,7 @@ def train_adapter(
         callbacks=[recorder, *([EarlyStoppingCallback(loop.early_stop)] if loop.early_stop and validation else [])],
     )
     trainer.remove_callback(PrinterCallback)
-    install_chunked_loss(adapted.get_base_model())
+    install_chunked_loss(model)
     checkpoint = find_checkpoint(folder) if resume else None
     with _graceful_interrupt(recorder):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -187,8 +113,8 @@ def train_adapter(
     return TrainedAdapter(
         folder=result,
         steps=trainer.state.global_step,
-        train_losses=tuple(LossPoint(row["step"], row["loss"]) for row in history if "loss" in row),
-        validation_losses=tuple(LossPoint(row["step"], row["eval_loss"]) for row in history if "eval_loss" in row),
+        train_losses=tuple(LossPoint(int(row["step"]), row["loss"]) for row in history if "loss" in row),
+        validation_losses=tuple(LossPoint(int(row["step"]), row["eval_loss"]) for row in history if "eval_loss" in row),
         base_loss=base_loss,
         final_loss=final_loss,
         n_trained_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
@@ -217,7 +143,7 @@ def add_adapter(model: PreTrainedModel, lora: LoraOptions) -> PeftModel:
         )
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha if lora.alpha is not None else 2 * lora.rank,  # type: ignore[arg-type]
+        lora_alpha=lora.scaled_alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
@@ -348,7 +274,7 @@ def _arguments(loop: LoopOptions, folder: Path, total_steps: int, *, has_validat
 
 
 @dataclass
-class _Recorder(TrainerCallback):  # type: ignore[misc]
+class _Recorder(TrainerCallback):
     """Tells where the run stands, marks complete checkpoints, and ends the run at a step's end after Ctrl-C."""
 
     watch: Watch | None

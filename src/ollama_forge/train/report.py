@@ -16,20 +16,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ollama_forge.files import write_bytes
+from ollama_forge.train.options import LossPoint
 
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0}td,th{border:1px solid #ccc;padding:.3rem .6rem;text-align:left;"
     "vertical-align:top}img{max-width:100%}pre{background:#f4f4f4;padding:.8rem;overflow:auto;white-space:pre-wrap}"
 )
-
-
-@dataclass(frozen=True)
-class LossPoint:
-    """A loss (nats per token) after a number of optimizer steps."""
-
-    step: int
-    loss: float
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,224 @@
+"""Fine-tune the very model that Ollama runs: data in, a checked model with an adapter in Ollama out.
+
+In: a `FinetuneRequest`. Out: `FinetuneResult`. The order: everything that can be refused is refused first; then
+the plan; three questions, training, the same questions again; then landing and the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ollama_forge.engine import GREEDY, open_engine
+from ollama_forge.gguf.reader import open_gguf
+from ollama_forge.jobs.adapters import prepare_adapter
+from ollama_forge.jobs.finetune_setup import (
+    FinetuneRequest,
+    PreparedRun,
+    claim_folder,
+    prepare_run,
+    require_extra,
+    require_free_name,
+)
+from ollama_forge.jobs.landing import LandedModel, LandOptions, land_gguf, land_installed
+from ollama_forge.jobs.resolve import ResolvedModel
+from ollama_forge.jobs.training_plan import TrainingPlan
+from ollama_forge.store.modelfile import Modelfile
+from ollama_forge.train.options import TrainedAdapter, Watch
+
+if TYPE_CHECKING:
+    from ollama_forge.train.report import AnswerPair
+
+N_QUESTIONS = 3
+ANSWER_TOKENS = 96
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What came of it. `adapter_gguf` and `landed` are None in a dry run; `landed` also with `skip_landing`."""
+
+    plan: TrainingPlan
+    trained: TrainedAdapter | None = None
+    adapter_gguf: Path | None = None
+    landed: LandedModel | None = None
+    answers: tuple[AnswerPair, ...] = ()
+    report: Path | None = None
+    undo: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def document(self) -> dict[str, Any]:
+        """The JSON form."""
+        trained = self.trained
+        return {
+            "plan": self.plan.document(),
+            "dry_run": trained is None,
+            "adapter": str(trained.folder) if trained else None,
+            "adapter_gguf": str(self.adapter_gguf) if self.adapter_gguf else None,
+            "steps": trained.steps if trained else 0,
+            "base_loss": trained.base_loss if trained else None,
+            "final_loss": trained.final_loss if trained else None,
+            "losses": [[point.step, point.loss] for point in trained.train_losses] if trained else [],
+            "validation_losses": [[point.step, point.loss] for point in trained.validation_losses] if trained else [],
+            "answers": [asdict(pair) for pair in self.answers],
+            "landed": self.landed.document() if self.landed else None,
+            "report": str(self.report) if self.report else None,
+            "undo": list(self.undo),
+            "warnings": list(self.warnings),
+            "seconds": round(trained.seconds, 3) if trained else 0,
+        }
+
+
+def finetune(
+    request: FinetuneRequest,
+    options: LandOptions,
+    *,
+    on_plan: Callable[[TrainingPlan], None] | None = None,
+    watch: Watch | None = None,
+) -> FinetuneResult:
+    """Do the whole job; with `options.dry_run` only the plan.
+
+    Raises:
+        DatasetError, TemplateError: data that cannot be used.
+        TrainingError: the base cannot be trained, or training did nothing.
+        ExistsError: the name or the working folder is taken.
+        MissingExtraError: torch and its friends are not installed.
+    """
+    require_free_name(request, options)
+    require_extra()
+    with prepare_run(request, options) as prepared:
+        if on_plan:
+            on_plan(prepared.plan)
+        if options.dry_run:
+            return FinetuneResult(prepared.plan, warnings=prepared.warnings)
+        claim_folder(request, prepared)
+        return _train_and_land(request, options, prepared, watch)
+
+
+def _train_and_land(
+    request: FinetuneRequest, options: LandOptions, prepared: PreparedRun, watch: Watch | None
+) -> FinetuneResult:
+    from ollama_forge.train.report import AnswerPair, write_report
+    from ollama_forge.train.run import run_training
+
+    questions = _questions(prepared)
+    before = ask_all(prepared.model, questions)
+    trained = run_training(
+        prepared.gguf,
+        prepared.chat_format.tokenizer,
+        prepared.train.rows,
+        prepared.validation.rows if prepared.validation else (),
+        request.lora,
+        prepared.loop,
+        request.folder,
+        base=request.base,
+        resume=request.resume,
+        watch=watch,
+    )
+    adapter_gguf = prepare_adapter(trained.folder, prepared.model, request.folder)
+    after = ask_all(prepared.model, questions, adapters=(adapter_gguf,))
+    answers = tuple(AnswerPair(_prompt_of(q), b, a) for q, b, a in zip(questions, before, after, strict=True))
+    warnings = [*prepared.warnings, *trained.warnings]
+    if answers and before == after:
+        warnings.append(
+            f"All {len(answers)} answers are the same as before training: train longer, or raise the learning rate."
+        )
+    landed = None if request.skip_landing else _land(request, options, prepared.model, adapter_gguf)
+    undo = _undo(request, landed)
+    report = write_report(
+        request.folder,
+        f"Fine-tune of {request.base}" + (f": {request.name}" if request.name else ""),
+        _facts(request, prepared, trained, landed),
+        trained.train_losses,
+        trained.validation_losses,
+        answers,
+        undo,
+    )
+    return FinetuneResult(prepared.plan, trained, adapter_gguf, landed, answers, report, undo, tuple(warnings))
+
+
+def ask_all(
+    model: ResolvedModel, questions: Sequence[Sequence[dict[str, Any]]], *, adapters: Sequence[Path] = ()
+) -> list[str]:
+    """What the model says to each conversation, greedily, through the engine."""
+    if not questions:
+        return []
+    assert model.gguf_path is not None
+    sampling = replace(GREEDY, max_tokens=ANSWER_TOKENS)
+    with open_gguf(model.gguf_path) as gguf:
+        has_template = "tokenizer.chat_template" in gguf.metadata
+    with open_engine(model.gguf_path, adapters=[(path, 1.0) for path in adapters], context_length=2048) as engine:
+        return [
+            (engine.chat(turns, sampling) if has_template else engine.generate(turns[-1]["content"], sampling)).text
+            for turns in questions
+        ]
+
+
+def _questions(prepared: PreparedRun) -> list[list[dict[str, Any]]]:
+    """The first few prompts: held-out ones where there are some."""
+    chosen = [*prepared.held, *prepared.examples][:N_QUESTIONS]
+    questions = []
+    for example in chosen:
+        turns = [dict(message) for message in example.messages()]
+        while turns and turns[-1]["role"] != "user":
+            turns.pop()
+        if turns:
+            questions.append(turns)
+    return questions
+
+
+def _prompt_of(turns: Sequence[dict[str, Any]]) -> str:
+    return str(turns[-1]["content"])
+
+
+def _land(request: FinetuneRequest, options: LandOptions, model: ResolvedModel, adapter: Path) -> LandedModel:
+    assert request.name is not None and model.gguf_path is not None
+    if request.merge:
+        from ollama_forge.jobs.merging import MergeInput, merge_models
+
+        merged = request.folder / "merged.gguf"
+        merge_models(str(model.gguf_path), [MergeInput(adapter)], merged, overwrite=True, progress=options.progress)
+        try:
+            if model.installed is not None:
+                return land_gguf(merged, request.name, inherited(model, request.changes), options)
+            return land_gguf(merged, request.name, request.changes, options)
+        finally:
+            merged.unlink(missing_ok=True)
+    if model.installed is not None:
+        return land_installed(model.installed, request.name, request.changes, options, adapters=(adapter,))
+    return land_gguf(model.gguf_path, request.name, request.changes, options, adapters=(adapter,))
+
+
+def inherited(model: ResolvedModel, changes: Modelfile) -> Modelfile:
+    """`changes` on top of what the base's Modelfile says; for weights that are new and so inherit nothing."""
+    from ollama_forge.jobs.creation import Creation, override
+
+    base = replace(model.modelfile, sources=(), adapters=(), drafts=())
+    return override(Creation("", base), changes).changes
+
+
+def _undo(request: FinetuneRequest, landed: LandedModel | None) -> tuple[str, ...]:
+    steps = [f"ollama rm {landed.name}"] if landed else []
+    return (*steps, f"rm -r {request.folder}")
+
+
+def _facts(
+    request: FinetuneRequest, prepared: PreparedRun, trained: TrainedAdapter, landed: LandedModel | None
+) -> dict[str, str]:
+    facts = {
+        "base": f"{request.base} ({prepared.plan.family}, {prepared.plan.base_bytes:,} bytes)",
+        "examples": f"{prepared.plan.n_examples} to learn, {prepared.plan.n_validation} held back",
+        "tokens": f"{prepared.plan.n_tokens:,} per epoch, {prepared.plan.n_learnt_tokens:,} with loss",
+        "loss": f"{trained.base_loss:.4f} before, {trained.final_loss:.4f} after (nats per token)",
+        "steps": str(trained.steps),
+        "trained numbers": f"{trained.n_trained_parameters:,}",
+        "time": f"{trained.seconds:.1f} s",
+        "rank, alpha": f"{request.lora.rank}, {request.lora.scaled_alpha:g}",
+        "learning rate": f"{request.loop.learning_rate:g}",
+        "seed": str(request.loop.seed),
+    }
+    if landed:
+        facts["landed"] = f"{landed.name} {landed.digest[:12]}, {landed.written_bytes:,} bytes written"
+    return facts

@@ -1,0 +1,225 @@
+"""Everything about a fine-tune that can be checked before it starts: base, data, names, folder, sums.
+
+In: a `FinetuneRequest`. Out: a `PreparedRun`, or an error before any work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from ollama_forge.dataset.chat_format import ChatFormat, chat_format_of
+from ollama_forge.dataset.examples import Example, hash_examples
+from ollama_forge.dataset.read import find_data_files
+from ollama_forge.dataset.render import RenderOptions
+from ollama_forge.dataset.tokenize import TokenizedDataset, split_examples, tokenize_examples
+from ollama_forge.dataset.validate import read_dataset
+from ollama_forge.errors import ExistsError, MissingExtraError, TrainingError, UnsupportedError
+from ollama_forge.files import hash_file, make_folder, write_bytes
+from ollama_forge.gguf.reader import GGUFFile, open_gguf
+from ollama_forge.jobs.conversion import ConvertOptions, convert_folder
+from ollama_forge.jobs.landing import LandOptions
+from ollama_forge.jobs.resolve import ResolvedModel, resolve
+from ollama_forge.jobs.training_plan import TrainingPlan, plan_training
+from ollama_forge.store.catalog import open_store
+from ollama_forge.store.discard import exists_error
+from ollama_forge.store.modelfile import Modelfile
+from ollama_forge.store.name import parse_name, validate_writable
+from ollama_forge.train.options import LoopOptions, LoraOptions, settle
+
+RUN_FILE = "run.json"
+TRAIN_PACKAGES = ("torch", "transformers", "peft", "trl", "datasets")
+
+
+@dataclass(frozen=True)
+class FinetuneRequest:
+    """What to train, on what, and what becomes of it.
+
+    Attributes:
+        data: files and folders of training examples.
+        include: file patterns that are taken from folders beside `*.jsonl`.
+        base: any model: an Ollama name, a GGUF, a Hugging Face folder.
+        name: the Ollama model to make; None (with `skip_landing`) keeps only the adapter.
+        validation_share: of the examples, held back to judge by.
+        learn: `assistant` turns only, or `all`.
+        overlong: what happens to rows beyond `max_length`: `truncate` or `drop`.
+        folder: where checkpoints, the adapter and the report go.
+        merge: land a merged model instead of the base with an adapter layer.
+    """
+
+    data: tuple[Path, ...]
+    base: str
+    name: str | None
+    folder: Path
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    loop: LoopOptions = field(default_factory=LoopOptions)
+    include: tuple[str, ...] = ()
+    max_length: int = 1024
+    overlong: str = "truncate"
+    learn: str = "assistant"
+    validation_share: float = 0.0
+    merge: bool = False
+    skip_landing: bool = False
+    resume: bool = False
+    changes: Modelfile = field(default_factory=Modelfile)
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """What training needs, checked."""
+
+    model: ResolvedModel
+    gguf: GGUFFile
+    chat_format: ChatFormat
+    examples: tuple[Example, ...]
+    held: tuple[Example, ...]
+    train: TokenizedDataset
+    validation: TokenizedDataset | None
+    loop: LoopOptions
+    plan: TrainingPlan
+    warnings: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def prepare_run(request: FinetuneRequest, options: LandOptions) -> Iterator[PreparedRun]:
+    model = resolve_trainable(request.base, request.folder, options)
+    assert model.gguf_path is not None
+    dataset = read_dataset(find_data_files(request.data, request.include))
+    examples, held = split_examples(dataset.examples, request.validation_share, request.loop.seed)
+    render = RenderOptions(learn=request.learn)
+    with open_gguf(model.gguf_path) as gguf:
+        require_trainable(gguf, request.base)
+        chat_format = chat_format_of(gguf.metadata)
+        train = tokenize_examples(
+            examples, chat_format, max_length=request.max_length, options=render, overlong=request.overlong
+        )
+        validation = (
+            tokenize_examples(
+                held, chat_format, max_length=request.max_length, options=render, overlong=request.overlong
+            )
+            if held
+            else None
+        )
+        loop = settle(request.loop, len(train.rows))
+        plan = plan_training(request.base, gguf, train, validation, request.lora, loop, request.folder)
+        warnings = _data_warnings(dataset.warnings, train, request, plan)
+        yield PreparedRun(model, gguf, chat_format, examples, held, train, validation, loop, plan, warnings)
+
+
+def resolve_trainable(base: str, folder: Path, options: LandOptions) -> ResolvedModel:
+    """The base as a GGUF; a Hugging Face folder is converted once, to 16 bits, into the working folder.
+
+    Raises:
+        UnsupportedError: an Ollama model that has adapters already.
+    """
+    model = resolve(base, options.store_path)
+    if model.adapters:
+        raise UnsupportedError(
+            f"{base!r} has an adapter already",
+            why="Training starts from plain weights.",
+            next=f"Merge it first: ollama-forge merge {base} -o merged.gguf; then train on merged.gguf.",
+        )
+    if model.folder is None:
+        return model
+    converted = folder / "base.gguf"
+    if not converted.exists():
+        make_folder(folder)
+        convert_folder(model.folder, converted, ConvertOptions(), progress=options.progress)
+    return replace(model, gguf_path=converted, folder=None)
+
+
+def require_trainable(gguf: GGUFFile, base: str) -> None:
+    """Refuse what is no language model.
+
+    Raises:
+        TrainingError: an embedding model, an adapter or a projector.
+    """
+    if gguf.arch_value("pooling_type") is not None or gguf.metadata.get("general.type", "model") != "model":
+        raise TrainingError(
+            f"{base!r} is not a model that answers",
+            why=f"Its header says {gguf.metadata.get('general.type', 'embedding model')!r}, architecture "
+            f"{gguf.architecture!r}.",
+            next="Choose a chat or base model: ollama-forge list",
+        )
+
+
+def require_free_name(request: FinetuneRequest, options: LandOptions) -> None:
+    if request.name is None:
+        if not request.skip_landing:
+            raise TrainingError(
+                "No name for the result", next="Add --name NAME, or --skip-retrain for the adapter alone."
+            )
+        return
+    validate_writable(parse_name(request.name))
+    if request.skip_landing or options.server is not None:
+        return
+    store = open_store(options.store_path)
+    wanted = store.canonical(request.name)
+    if store.read_manifest_bytes(wanted) is not None and not options.overwrite:
+        raise exists_error(wanted)
+
+
+def require_extra() -> None:
+    missing = [
+        name for name in ("torch", "transformers", "peft", "trl", "datasets") if not importlib.util.find_spec(name)
+    ]
+    if missing:
+        raise MissingExtraError(f"Training needs {', '.join(missing)}", next="pip install 'ollama-forge[train]'")
+
+
+def claim_folder(request: FinetuneRequest, prepared: PreparedRun) -> None:
+    """One folder, one run: what it was asked is written down, and a resumed run must have been asked the same."""
+    asked = {
+        "base": hash_file(prepared.gguf.path).sha256,
+        "data": hash_examples(prepared.examples),
+        "validation": hash_examples(prepared.held),
+        "lora": asdict(request.lora),
+        "loop": asdict(prepared.loop),
+        "max_length": request.max_length,
+        "overlong": request.overlong,
+        "learn": request.learn,
+    }
+    text = json.dumps(asked, indent=2, sort_keys=True)
+    path = request.folder / RUN_FILE
+    if path.exists() and request.resume:
+        if path.read_text(encoding="utf-8") != text:
+            raise ExistsError(
+                f"The run in {str(request.folder)!r} was asked something else",
+                why="Base, data or options differ from those it began with.",
+                next="Use the same command as before, or another --workdir.",
+            )
+        return
+    if path.exists():
+        done = (request.folder / "adapter").exists()
+        raise ExistsError(
+            f"There is a run in {str(request.folder)!r} already",
+            why="It is finished." if done else "It is not finished.",
+            next="Add --resume to go on, or choose another --workdir."
+            if not done
+            else "Choose another --workdir, or remove the folder.",
+        )
+    make_folder(request.folder)
+    write_bytes(path, text.encode())
+
+
+def _data_warnings(
+    read_warnings: Mapping[str, int], train: TokenizedDataset, request: FinetuneRequest, plan: TrainingPlan
+) -> tuple[str, ...]:
+    warnings = [f"{count:,} examples: {kind}" for kind, count in read_warnings.items()]
+    if train.n_truncated:
+        warnings.append(
+            f"{train.n_truncated:,} of {len(train.rows):,} examples are cut at {request.max_length} tokens "
+            f"(the longest has {train.longest:,}): raise --max-length to keep them whole."
+        )
+    warnings += [f"{count:,} examples were left out: {kind}" for kind, count in train.dropped.items()]
+    warnings += [f"{count:,} examples: {note}" for note, count in train.notes.items()]
+    if plan.light == "red":
+        warnings.append(
+            f"This run wants about {plan.memory_bytes / 1e9:.1f} GB; {(plan.available_bytes or 0) / 1e9:.1f} GB are "
+            "free: lower --max-length, --batch-size or --rank, or take a smaller base."
+        )
+    return tuple(warnings)

@@ -1,0 +1,132 @@
+"""What a fine-tune will take, before it starts: memory from tensor shapes, steps, and how well it fits this machine.
+
+In: the header of the base and the options. Out: `TrainingPlan`. No torch, and no weight is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ollama_forge.arch.families import find_family_by_gguf
+from ollama_forge.dataset.tokenize import TokenizedDataset
+from ollama_forge.gguf.reader import GGUFFile
+from ollama_forge.jobs.environment import available_memory_bytes
+from ollama_forge.train.options import LoopOptions, LoraOptions, plan_steps
+
+RUNTIME_BYTES = 650 << 20  # torch, transformers, peft and TRL once they are imported
+WORKSPACE_BYTES = 256 << 20  # dequantized pieces, and the logits of one chunk
+_FLOAT_BYTES = 4
+_OPTIMIZER_FLOATS = 4  # the matrix, its gradient, and Adam's two moments
+_BLOCK_ROWS = 12  # hidden-sized activations that one block keeps while it is computed
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The sums of a run.
+
+    Attributes:
+        light: `green` (fits with room), `yellow` (just fits), `red` (does not), `unknown`.
+        n_trained_parameters: numbers in the LoRA matrices.
+    """
+
+    base: str
+    family: str
+    base_bytes: int
+    n_examples: int
+    n_validation: int
+    n_tokens: int
+    n_learnt_tokens: int
+    n_truncated: int
+    longest: int
+    steps: int
+    n_trained_parameters: int
+    memory_bytes: int
+    available_bytes: int | None
+    folder: Path
+
+    @property
+    def light(self) -> str:
+        if self.available_bytes is None:
+            return "unknown"
+        share = self.memory_bytes / max(1, self.available_bytes)
+        return "green" if share < 0.7 else "yellow" if share < 0.95 else "red"
+
+    def document(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {
+            "base": self.base,
+            "family": self.family,
+            "base_bytes": self.base_bytes,
+            "examples": self.n_examples,
+            "validation_examples": self.n_validation,
+            "tokens": self.n_tokens,
+            "learnt_tokens": self.n_learnt_tokens,
+            "truncated": self.n_truncated,
+            "longest": self.longest,
+            "steps": self.steps,
+            "trained_parameters": self.n_trained_parameters,
+            "memory_bytes": self.memory_bytes,
+            "available_bytes": self.available_bytes,
+            "light": self.light,
+            "workdir": str(self.folder),
+        }
+
+
+def plan_training(
+    base: str,
+    gguf: GGUFFile,
+    train: TokenizedDataset,
+    validation: TokenizedDataset | None,
+    lora: LoraOptions,
+    loop: LoopOptions,
+    folder: Path,
+) -> TrainingPlan:
+    """The sums of a run over a GGUF."""
+    length = max((len(row.input_ids) for row in train.rows), default=1)
+    n_trained = _count_lora(gguf, lora)
+    return TrainingPlan(
+        base=base,
+        family=find_family_by_gguf(gguf.architecture).name,
+        base_bytes=gguf.size_bytes,
+        n_examples=len(train.rows),
+        n_validation=len(validation.rows) if validation else 0,
+        n_tokens=train.n_tokens,
+        n_learnt_tokens=train.n_learnt,
+        n_truncated=train.n_truncated,
+        longest=train.longest,
+        steps=plan_steps(len(train.rows), loop),
+        n_trained_parameters=n_trained,
+        memory_bytes=gguf.size_bytes
+        + RUNTIME_BYTES
+        + WORKSPACE_BYTES
+        + n_trained * _FLOAT_BYTES * _OPTIMIZER_FLOATS
+        + _activation_bytes(gguf, length * loop.batch_size, checkpointing=loop.checkpointing),
+        available_bytes=available_memory_bytes(),
+        folder=folder,
+    )
+
+
+def _count_lora(gguf: GGUFFile, lora: LoraOptions) -> int:
+    """Numbers in the matrices: rank x (rows + columns) for each matrix of the blocks that is adapted by default."""
+    total = 0
+    for name, tensor in gguf.tensors.items():
+        is_block_matrix = name.startswith("blk.") and len(tensor.shape) == 2 and name.endswith(".weight")
+        if is_block_matrix and "_inp" not in name:
+            total += lora.rank * sum(tensor.shape)
+    return total
+
+
+def _activation_bytes(gguf: GGUFFile, n_positions: int, *, checkpointing: bool) -> int:
+    """With recomputation every block keeps its input, and one block at a time everything; without it, all blocks do."""
+    width = int(gguf.arch_value("embedding_length", 0))
+    inner = gguf.arch_value("feed_forward_length", 4 * width)
+    inner = max(inner) if not isinstance(inner, int) else inner
+    heads = gguf.arch_value("attention.head_count", 1)
+    heads = max(heads) if not isinstance(heads, int) else heads
+    blocks = int(gguf.arch_value("block_count", 1))
+    one_block = n_positions * (_BLOCK_ROWS * width + 4 * int(inner)) * _FLOAT_BYTES
+    one_block += n_positions * n_positions * int(heads) * _FLOAT_BYTES
+    kept = n_positions * width * _FLOAT_BYTES * blocks
+    return kept + one_block * (2 if checkpointing else blocks)

@@ -1,0 +1,59 @@
+"""One training run on one open GGUF: load packed, train, close.
+
+In: what `jobs.finetune` has prepared and checked. Out: `TrainedAdapter`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from ollama_forge.dataset.tokenize import Tokenized
+from ollama_forge.gguf.reader import GGUFFile
+from ollama_forge.tokenizer.encode import GGUFTokenizer
+from ollama_forge.train.finetune import train_adapter
+from ollama_forge.train.load import load_packed
+from ollama_forge.train.options import LoopOptions, LoraOptions, TrainedAdapter, Watch
+
+
+def run_training(
+    gguf: GGUFFile,
+    tokenizer: GGUFTokenizer,
+    train: Sequence[Tokenized],
+    validation: Sequence[Tokenized],
+    lora: LoraOptions,
+    loop: LoopOptions,
+    folder: Path,
+    *,
+    base: str,
+    resume: bool = False,
+    watch: Watch | None = None,
+) -> TrainedAdapter:
+    """Train LoRA matrices on the packed blocks of a GGUF; see `finetune.train_adapter`."""
+    transformers_logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        packed = load_packed(gguf)
+        return train_adapter(
+            packed.model,
+            wrap_tokenizer(tokenizer),
+            train,
+            validation,
+            lora,
+            loop,
+            folder,
+            base=base,
+            resume=resume,
+            watch=watch,
+        )
+
+
+def wrap_tokenizer(tokenizer: GGUFTokenizer) -> PreTrainedTokenizerFast:
+    """What TRL asks a tokenizer for: an end token, and a padding token, which is masked anyway."""
+    eos_id = tokenizer.eos_id if tokenizer.eos_id is not None else 0
+    eos = tokenizer.tokens[eos_id]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer.tokenizer, eos_token=eos, pad_token=eos)
