@@ -1,12 +1,14 @@
 """What a name says about a model is read as gguf-py reads it."""
 
+from pathlib import Path
+
 import pytest
 from gguf.metadata import Metadata
 from gguf.utility import size_label as reference_size_label
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ollama_forge.convert.card import ParameterCount, parse_model_name, size_label, title
+from ollama_forge.convert.card import ParameterCount, model_id_of, parse_model_name, size_label, title
 
 NAMES = [
     "meta-llama/Llama-3.2-1B-Instruct",
@@ -58,6 +60,19 @@ def found(model_id: str, n_parameters: int) -> tuple[str | None, ...]:
 def test_names_are_taken_apart_as_gguf_py_does(name: str, n_parameters: int) -> None:
     assert found(name, n_parameters) == expected(name, n_parameters)
     assert title(name) == Metadata.id_to_title(name)
+
+
+@pytest.mark.parametrize(
+    ("place", "model_id"),
+    [
+        ("models--google--gemma-3-1b-it/snapshots/dcc83ea841ab6100d6b47a070329e1ba4cf78752", "google/gemma-3-1b-it"),
+        ("models--gpt2/snapshots/abc", "gpt2"),
+        ("snapshots/my-model", "my-model"),
+        ("my-model", "my-model"),
+    ],
+)
+def test_a_model_in_a_cache_is_called_by_its_repository(place: str, model_id: str, tmp_path: Path) -> None:
+    assert model_id_of(tmp_path / place) == model_id
 
 
 WORDS = [
