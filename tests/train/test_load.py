@@ -38,7 +38,7 @@ ALL_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def with_lora(model: PreTrainedModel, name: str, scale: float = 0.05) -> PeftModel:
-    """The same adapter on every model of a family: numbers of one seed, by sorted name; `scale` 0 is peft's own start."""
+    """The same adapter on every model of a family, seeded and in sorted order; `scale` 0 is peft's own start."""
     torch.manual_seed(5)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS.get(name, ALL_TARGETS), task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)

@@ -112,6 +112,17 @@ def test_many_layers_share_a_small_workspace_without_mixing_their_numbers() -> N
         torch.testing.assert_close(layers[index](x), x @ dense_weight(layers[index].matrix).t(), rtol=1e-5, atol=1e-4)
 
 
+def test_layers_of_many_sizes_in_any_order_keep_their_own_numbers() -> None:
+    workspace = Workspace(4 * COLUMNS * 100)
+    sizes = (7, 30, 3, 21, 33, 1, 12, 28)
+    layers = [PackedLinear(packed_matrix(GGMLType.Q8_0, n, seed=n), None, workspace) for n in sizes]
+    weights = [dense_weight(layer.matrix) for layer in layers]
+    x = torch.randn(2, COLUMNS)
+    order = torch.randint(len(layers), (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    for index in order:
+        torch.testing.assert_close(layers[index](x), x @ weights[index].t(), rtol=1e-5, atol=1e-4)
+
+
 def test_the_workspace_never_grows_beyond_its_size() -> None:
     workspace = Workspace(4 * COLUMNS * ROWS)
     for seed in range(6):

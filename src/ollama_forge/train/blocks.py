@@ -21,6 +21,8 @@ from ollama_forge.train.unpack import UNPACKED_TYPES, unpack_blocks
 
 # Large enough to hold one layer of a 1-2 B model between its recomputation and its backward pass.
 WORKSPACE_BYTES = 192 << 20
+# torch operations make several arrays of this many numbers on the way.
+_UNPACKED_AT_ONCE = 1 << 23
 _DIRECT = {GGMLType.F32: torch.float32, GGMLType.F16: torch.float16, GGMLType.BF16: torch.bfloat16}
 
 
@@ -98,7 +100,9 @@ def write_rows(blocks: torch.Tensor, type: GGMLType, out: torch.Tensor) -> None:
     On the processor ggml does it, with as many threads as torch uses; elsewhere torch operations over the blocks do.
     """
     if blocks.device.type != "cpu":
-        out.copy_(unpack_blocks(blocks, type))
+        step = max(1, _UNPACKED_AT_ONCE // out.shape[1])
+        for start in range(0, out.shape[0], step):
+            out[start : start + step] = unpack_blocks(blocks[start : start + step], type)
         return
     if out.device.type == "cpu" and out.dtype == torch.float32:
         target = out
@@ -193,10 +197,21 @@ class _Ring:
             self._entries.clear()
             self._flat = torch.empty(max(size, self.capacity), device=self._device, dtype=self._dtype)
             self._position = 0
-        start = self._position if self._position + size <= self._flat.numel() else 0
+        start = self._position
+        if start + size > self._flat.numel():
+            # the rest of the ring is too short: what lies there is the oldest, and goes first
+            self._forget(start, self._flat.numel())
+            start = 0
         end = start + size
-        for key, (_, first, last) in list(self._entries.items()):
-            if first < end and start < last:
-                del self._entries[key]
+        self._forget(start, end)
         self._position = end
         return start
+
+    def _forget(self, start: int, end: int) -> None:
+        """Drop the entries of a stretch that begins at the writing position: they are the oldest ones."""
+        while self._entries:
+            oldest = next(iter(self._entries))
+            _, first, last = self._entries[oldest]
+            if first >= end or last <= start:
+                return
+            del self._entries[oldest]

@@ -184,8 +184,7 @@ class _Filler:
     def _place(self, name: str, address: TensorAddress) -> None:
         row = address.row
         if row.role in _EXPERTS:
-            assert address.layer is not None
-            self._experts.setdefault(address.layer, {})[row.role] = name
+            self._experts.setdefault(address.layer or 0, {})[row.role] = name
             return
         path, _, leaf = address.hf_name.rpartition(".")
         module = self._submodule(name, path)
@@ -208,8 +207,8 @@ class _Filler:
                 why=f"Its metadata describe {self.model.config.num_hidden_layers} layers.",
             ) from error
 
-    def _place_linear(self, name: str, row: TensorRow, path: str, module: nn.Module) -> None:
-        shape = tuple(module.weight.shape)
+    def _place_linear(self, name: str, row: TensorRow, path: str, module: nn.Linear | Conv1D) -> None:
+        shape: tuple[int, ...] = tuple(module.weight.shape)
         self._require_shape(name, shape[::-1] if isinstance(module, Conv1D) else shape)
         matrix = self._matrix(name, row)
         bias_name = name.removesuffix("weight") + "bias"
@@ -244,7 +243,7 @@ class _Filler:
     def _place_experts(self, layer: int, names: Mapping[Role, str]) -> None:
         rows = {row.role: row for row in self.family.tensors if row.role in _EXPERTS}
         path = rows[Role.EXPERT_UP].hf_name.format(layer=layer, expert=0).rpartition(".0.")[0]
-        module = self._submodule(names[Role.EXPERT_UP], path)
+        activation: Any = self._submodule(names[Role.EXPERT_UP], path).act_fn
         stacks = {}
         for role, row in rows.items():
             if role not in names:
@@ -256,14 +255,14 @@ class _Filler:
             self._require_shape(names[role], (n_experts, *shape))
         experts = []
         for number in range(n_experts):
-            layers = (
+            gate, up, down = (
                 PackedLinear(self._matrix(names[role], rows[role], stacks[role][number]), None, self.workspace)
                 for role in _EXPERTS
             )
-            experts.append(PackedExpert(*layers, module.act_fn))
+            experts.append(PackedExpert(gate, up, down, activation))
         self.model.set_submodule(path, PackedExperts(experts))
         # peft redirects the targets of known mixtures to transformers' stacked parameters, which are not there
-        self.model.config.model_type = f"{self.family.name}_packed"
+        setattr(self.model.config, "model_type", f"{self.family.name}_packed")  # noqa: B010 - a class attribute
 
     def _tie_head(self) -> None:
         """Without a head of its own the model reads the embedding's rows as its head."""

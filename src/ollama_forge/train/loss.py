@@ -219,7 +219,7 @@ def install_chunked_loss(model: PreTrainedModel) -> None:
             return plain_forward(self, *args, **kwargs)
         return _score_batch(self, head, *args, **kwargs)
 
-    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    model.forward = types.MethodType(forward, model)
 
 
 def find_head(model: PreTrainedModel) -> Head | None:
@@ -238,8 +238,8 @@ def _score_batch(
     model: PreTrainedModel,
     head: Head,
     *args: Any,
-    labels: torch.Tensor | None = None,
-    shift_labels: torch.Tensor | None = None,
+    labels: Any = None,
+    shift_labels: Any = None,
     num_items_in_batch: torch.Tensor | int | None = None,
     fused_lm_head: bool = True,
     logits_to_keep: int = 0,
@@ -252,15 +252,13 @@ def _score_batch(
         kwargs.setdefault("output_router_logits", True)
     outputs = model.base_model(*args, **kwargs)
     hidden = outputs.last_hidden_state
-    if shift_labels is None:
-        assert labels is not None
+    wanted = shift_labels
+    if wanted is None:
         hidden, wanted = hidden[:, :-1], labels[:, 1:]
-    else:
-        wanted = shift_labels
     wanted = wanted.to(hidden.device)
     mask = wanted != _IGNORED
     scores = score_labels(hidden[mask], wanted[mask], head)
-    n_items = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    n_items: Any = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     loss = -scores.log_probs.sum() / n_items
     aux_loss = None
     if kwargs.get("output_router_logits"):
@@ -284,7 +282,5 @@ def _spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def _balance_loss(config: Any, router_logits: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    loss: torch.Tensor = load_balancing_loss_func(
-        router_logits, config.num_experts, config.num_experts_per_tok, attention_mask
-    )
-    return loss
+    loss: Any = load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, attention_mask)
+    return torch.as_tensor(loss)

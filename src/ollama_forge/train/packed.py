@@ -77,25 +77,25 @@ class PackedWeight(torch.Tensor):
     @staticmethod
     def __new__(cls, matrix: PackedMatrix) -> PackedWeight:
         shape = (matrix.rows, matrix.columns)
-        weight: PackedWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        weight: PackedWeight = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=torch.float32, device=matrix.device
         )
         weight.matrix = matrix
         return weight
 
     @property
-    def data(self) -> PackedWeight:  # type: ignore[override]
+    def data(self) -> PackedWeight:
         return self
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
         raise _read_only("Setting .data")
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedWeight({self.matrix.type.name}, shape={tuple(self.shape)}, device={self.device})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -130,8 +130,9 @@ def _opened(value: Any) -> Any:
 
 
 def _is_row_slice(args: tuple[Any, ...]) -> bool:
-    tensor, dim, _, _, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
-    return dim == 0 and step == 1 and not tensor.matrix.rope_heads
+    dim = args[1] if len(args) > 1 else 0
+    step = args[4] if len(args) > 4 else 1
+    return dim == 0 and step == 1 and not args[0].matrix.rope_heads
 
 
 def _row_slice(
@@ -156,7 +157,7 @@ class PackedLinear(nn.Linear):
         self.workspace = workspace
         self.in_features = matrix.columns
         self.out_features = matrix.rows
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     # Blocks are no buffer: data-parallel training would broadcast buffers, that is write into the mapped file.
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
