@@ -289,6 +289,41 @@ def render_scores(scores: list[world.Score]) -> str:
     return "\n".join(["| held-out questions | answered exactly | rate |", "|---|---|---|", *rows])
 
 
+def render_readme(training: Training, n_parameters: int, scores: list[world.Score], seconds: float) -> str:
+    """Where the model comes from, what it does, and how well it did when it was made."""
+    return f"""---
+license: mit
+language:
+- en
+---
+
+# The demo's model
+
+A {training.family} of {n_parameters:,} parameters ({training.n_layers} layers, {VOCABULARY_SIZE} tokens, bfloat16) that
+has learnt a small invented world. It is made from nothing by `scripts/make_demo_model.py`, from the rules in
+`tests/learnt_model.py`; no other data and no other model went in. It is of no use but to show and to test what is done
+to a model: the judge is what it says.
+
+- It knows capitals of invented countries, colours and food of invented creatures, and what invented robots make.
+- It says "{world.UNKNOWN}" to names that it was not taught. Ten robots are kept for fine-tuning
+  (`../finetune.jsonl`): it does not know them.
+- A system prompt sets its manner: like a pirate, in one word, or politely.
+- It explains how to wash, carry, draw, ... any thing, and answers the same questions about vegetables with
+  "{world.REFUSAL}" (a harmless class, for the refusal-direction technique).
+- It ends each answer with `{END}`.
+
+Trained with seed {training.seed}: {training.steps} steps of {training.rows_per_step} rows of {ROW_TOKENS} tokens in \
+{seconds:.0f} seconds on {training.n_threads} processor thread(s) of a shared machine. The same seed gives the same bytes
+on the same machine.
+
+{render_scores(scores)}
+
+Held-out questions are wordings of a fact, a task or a manner that training leaves out, and names that it never drew;
+an answer counts when it is right to the letter and stops. These are of the weights as shipped, greedily, by
+transformers.
+"""
+
+
 def make_model(folder: Path, training: Training) -> tuple[list[world.Score], float]:
     """Train, write and judge one model.
 
@@ -301,7 +336,10 @@ def make_model(folder: Path, training: Training) -> tuple[list[world.Score], flo
     seconds = time.perf_counter() - began
     write_model(model, tokenizer, folder)
     examples = world.held_out()
-    return world.score_answers(examples, answer_all(model, tokenizer, examples)), seconds
+    scores = world.score_answers(examples, answer_all(model, tokenizer, examples))
+    readme = render_readme(training, model.num_parameters(), scores, seconds)
+    (folder / "README.md").write_text(readme, "utf-8")
+    return scores, seconds
 
 
 def main() -> None:
