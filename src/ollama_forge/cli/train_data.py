@@ -59,9 +59,7 @@ def init(folder: Path, template: str, console: Console) -> None:
 @click.option(
     "--loss", "learn", type=click.Choice(["assistant", "last", "all"]), default="assistant", show_default=True
 )
-@click.option(
-    "--example", "example_number", type=click.IntRange(1), default=1, show_default=True, help="Show this one."
-)
+@click.option("--example", "example_number", type=click.IntRange(1), metavar="N", help="Show the Nth example.")
 @click.option("--show-private", is_flag=True, help="List where private-looking strings stand (masked).")
 @click.option("--include", multiple=True, metavar="GLOB", help="More files to take from a folder: '*.json', '*.csv'.")
 @click.option("--skip-invalid", is_flag=True, help="Leave out lines that cannot be used, and count them.")

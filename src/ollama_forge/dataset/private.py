@@ -48,17 +48,16 @@ def find_private_strings(text: str) -> tuple[PrivateString, ...]:
 
 
 def _search(text: str) -> Iterator[PrivateString]:
-    taken: list[tuple[int, int]] = []
+    taken = bytearray(len(text))
     for kind, pattern in _PATTERNS.items():
         for match in pattern.finditer(text):
-            if any(start < match.end() and match.start() < end for start, end in taken):
+            start, end = match.span()
+            if any(taken[start:end]) or (kind == "card number" and not _is_card_number(match[0])):
                 continue
-            if kind == "card number" and not _is_card_number(match[0]):
-                continue
-            taken.append(match.span())
+            taken[start:end] = b"\1" * (end - start)
             yield PrivateString(kind, mask(match[0]))
     for match in _RANDOM_WORD.finditer(text):
-        if not any(start < match.end() and match.start() < end for start, end in taken) and _looks_random(match[0]):
+        if not any(taken[match.start() : match.end()]) and _looks_random(match[0]):
             yield PrivateString("random string", mask(match[0]))
 
 

@@ -156,7 +156,8 @@ def _read_lines(stream: BinaryIO) -> Iterator[Batch]:
             else:
                 pieces.append(block)
         else:
-            if is_too_long:
+            if is_too_long or n_held + block.find(b"\n") > MAX_LINE_BYTES:
+                pieces.clear()
                 yield Batch((), (), [(number, _TOO_LONG)])
                 end = block.find(b"\n")
                 block, cut, number = block[end + 1 :], cut - end - 1, number + 1
