@@ -5,11 +5,13 @@ In: what was typed. Out: `LandedModel`; the base's blobs are shared, so only kil
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ollama_forge.errors import ModelfileError, UsageError
+from ollama_forge.jobs.adapters import prepare_adapter
 from ollama_forge.jobs.conversion import ConvertOptions
 from ollama_forge.jobs.landing import (
     LandedModel,
@@ -19,7 +21,7 @@ from ollama_forge.jobs.landing import (
     land_installed,
     land_named,
 )
-from ollama_forge.jobs.resolve import resolve
+from ollama_forge.jobs.resolve import ResolvedModel, resolve
 from ollama_forge.source.ref import RefKind, looks_like_path, parse_ref
 from ollama_forge.store.catalog import open_store
 from ollama_forge.store.modelfile import Modelfile, read_modelfile
@@ -98,6 +100,14 @@ def create_model(creation: Creation, name: str, options: LandOptions) -> LandedM
     if options.server is not None and parse_ref(creation.base).kind is RefKind.OLLAMA:
         return land_named(creation.base, name, creation.changes, options, adapters=creation.adapters)
     model = resolve(creation.base, options.store_path)
+    if creation.adapters:
+        with tempfile.TemporaryDirectory(prefix="ollama-forge-") as scratch:
+            adapters = tuple(prepare_adapter(path, model, Path(scratch)) for path in creation.adapters)
+            return _create(model, replace(creation, adapters=adapters), name, options)
+    return _create(model, creation, name, options)
+
+
+def _create(model: ResolvedModel, creation: Creation, name: str, options: LandOptions) -> LandedModel:
     if model.folder is not None:
         return import_folder(
             model.folder, name, creation.changes, options, ConvertOptions(), adapters=creation.adapters

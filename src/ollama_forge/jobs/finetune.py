@@ -23,9 +23,9 @@ from ollama_forge.jobs.finetune_setup import (
     require_free_name,
 )
 from ollama_forge.jobs.landing import LandedModel, LandOptions, land_gguf, land_installed
+from ollama_forge.jobs.merging import MergeInput, merge_and_land
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.jobs.training_plan import TrainingPlan
-from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.train.options import TrainedAdapter, Watch
 
 if TYPE_CHECKING:
@@ -176,27 +176,11 @@ def _prompt_of(turns: Sequence[dict[str, Any]]) -> str:
 def _land(request: FinetuneRequest, options: LandOptions, model: ResolvedModel, adapter: Path) -> LandedModel:
     assert request.name is not None and model.gguf_path is not None
     if request.merge:
-        from ollama_forge.jobs.merging import MergeInput, merge_models
-
-        merged = request.folder / "merged.gguf"
-        merge_models(str(model.gguf_path), [MergeInput(adapter)], merged, overwrite=True, progress=options.progress)
-        try:
-            if model.installed is not None:
-                return land_gguf(merged, request.name, inherited(model, request.changes), options)
-            return land_gguf(merged, request.name, request.changes, options)
-        finally:
-            merged.unlink(missing_ok=True)
+        _, landed = merge_and_land(model, [MergeInput(adapter)], request.name, request.changes, options)
+        return landed
     if model.installed is not None:
         return land_installed(model.installed, request.name, request.changes, options, adapters=(adapter,))
     return land_gguf(model.gguf_path, request.name, request.changes, options, adapters=(adapter,))
-
-
-def inherited(model: ResolvedModel, changes: Modelfile) -> Modelfile:
-    """`changes` on top of what the base's Modelfile says; for weights that are new and so inherit nothing."""
-    from ollama_forge.jobs.creation import Creation, override
-
-    base = replace(model.modelfile, sources=(), adapters=(), drafts=())
-    return override(Creation("", base), changes).changes
 
 
 def _undo(request: FinetuneRequest, landed: LandedModel | None) -> tuple[str, ...]:

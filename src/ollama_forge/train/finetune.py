@@ -143,12 +143,12 @@ def add_adapter(model: PreTrainedModel, lora: LoraOptions) -> PeftModel:
         )
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.scaled_alpha,
+        lora_alpha=lora.scaled_alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+    adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
     adapted.peft_config["default"].base_model_name_or_path = None
     return adapted

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
@@ -18,6 +19,8 @@ from ollama_forge.tokenizer.encode import GGUFTokenizer
 from ollama_forge.train.finetune import train_adapter
 from ollama_forge.train.load import load_packed
 from ollama_forge.train.options import LoopOptions, LoraOptions, TrainedAdapter, Watch
+
+SMALL_MODEL_BYTES = 16 << 20
 
 
 def run_training(
@@ -37,6 +40,9 @@ def run_training(
     transformers_logging.set_verbosity_error()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        if gguf.size_bytes < SMALL_MODEL_BYTES:
+            # Threads that wait for each other cost more than they bring where a model fits the processor's cache.
+            torch.set_num_threads(1)
         packed = load_packed(gguf)
         return train_adapter(
             packed.model,
