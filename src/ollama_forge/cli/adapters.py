@@ -88,7 +88,8 @@ def _show_report(console: Console, report: AdapterReport) -> None:
     words = "fits" if report.fits else "cannot be used on"
     console.line(f"{report.path} ({report.kind}) {words} {report.base}.")
     if report.fits:
-        console.say(f"Next: ollama-forge retrain --base {report.base} --adapter {report.path} --name NAME")
+        merged = " --merge" if report.needs_merge else ""
+        console.say(f"Next: ollama-forge retrain --base {report.base} --adapter {report.path} --name NAME{merged}")
 
 
 def _show_converted(console: Console, done: ConvertedAdapter) -> None:

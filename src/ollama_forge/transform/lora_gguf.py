@@ -83,7 +83,7 @@ def require_expressible(fitted: FittedAdapter) -> None:
         AdapterError: with the tensor's name.
     """
     for item in fitted.replacements:
-        _refuse(item.replacement.tensor.name, "it is a whole tensor, and a LoRA file holds only pairs of matrices")
+        _refuse(item.replacement.tensor.name, "It is a whole tensor, and a LoRA file holds only pairs of matrices")
     for pair in fitted.pairs:
         if pair.pair.magnitude is not None:
             _refuse(pair.pair.magnitude.name, "llama.cpp knows no DoRA")
@@ -93,15 +93,15 @@ def require_expressible(fitted: FittedAdapter) -> None:
         if is_vector(pair) or pair.role is Role.POSITION_EMBEDDING:
             _refuse(name, f"llama.cpp applies no LoRA to {pair.gguf_name!r}")
         if pair.gguf_name == HEAD and fitted.base.is_tied:
-            _refuse(name, "the base has no output head of its own: it uses the token embedding (tied)")
+            _refuse(name, "The base has no output head of its own: it uses the token embedding (tied)")
         if pair.gguf_name == EMBEDDING and fitted.base.is_tied:
-            _refuse(name, "the base uses the embedding as output head too (tied); llama.cpp stops on that")
+            _refuse(name, "The base uses the embedding as output head too (tied); llama.cpp stops on that")
 
 
 def _refuse(tensor_name: str, why: str) -> None:
     raise AdapterError(
         f"The adapter's tensor {tensor_name!r} cannot be part of an adapter file",
-        why=why[0].upper() + why[1:] + ".",
+        why=why + ".",
         next=_MERGE,
     )
 
