@@ -191,6 +191,9 @@ def _parse_turn(message: Any, where: str) -> Turn:
     role = _ROLES.get(named.strip().lower())
     if role is None:
         raise DatasetError(f"{where} has the role {named[:40]!r} (system, user, assistant and tool are known)")
+    content = message.get("content", message.get("value"))
+    if len(message) == 2 and type(content) is str and named != "function_call":
+        return Turn(role, content)
     calls = _parse_calls(message, where)
     content = _content(message.get("content", message.get("value")), where, may_be_absent=bool(calls))
     if named == "function_call":

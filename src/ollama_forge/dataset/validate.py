@@ -218,42 +218,42 @@ def _is_faultless(value: Any) -> bool:
     """Whether a record is certainly good and earns no warning; False means: look closer."""
     if type(value) is not dict:
         return False
+    n_keys = len(value)
     try:
-        if "messages" in value:
-            return len(value) == 1 and _are_faultless(value["messages"])
-        instruction, output = value["instruction"], value["output"]
-        if len(value) != 2 and (len(value) != 3 or type(value["input"]) is not str):
-            return False
-        return (
-            type(instruction) is str
-            and type(output) is str
-            and bool(instruction)
-            and not instruction.isspace()
-            and bool(output)
-            and not output.isspace()
-        )
+        if n_keys == 1:
+            if "messages" in value:
+                return _are_faultless(value["messages"], "role", "content", "user", "assistant")
+            return _are_faultless(value["conversations"], "from", "value", "human", "gpt")
+        if "instruction" in value:
+            question, answer = value["instruction"], value["output"]
+            if n_keys != 2 and (n_keys != 3 or type(value["input"]) is not str):
+                return False
+        else:
+            question, answer = value["prompt"], value["completion"]
+            if n_keys != 2:
+                return False
     except KeyError:
         return False
+    return _says_something(question) and _says_something(answer)
 
 
-def _are_faultless(messages: Any) -> bool:
-    if type(messages) is not list or not messages:
+def _says_something(text: Any) -> bool:
+    return type(text) is str and bool(text) and not text.isspace()
+
+
+def _are_faultless(messages: Any, role_key: str, text_key: str, asking: str, answering: str) -> bool:
+    if type(messages) is not list or len(messages) < 2:
         return False
-    start = messages[0]
-    expected = "user"
-    is_system_allowed = type(start) is dict and start.get("role") == "system"
-    for message in messages:
+    expected = asking
+    for index, message in enumerate(messages):
         if type(message) is not dict or len(message) != 2:
             return False
-        content = message["content"]
-        if type(content) is not str or not content or content.isspace():
+        text = message[text_key]
+        if type(text) is not str or not text or text.isspace():
             return False
-        role = message["role"]
-        if role != expected:
-            if role == "system" and is_system_allowed:
-                is_system_allowed = False
-                continue
+        role = message[role_key]
+        if role == expected:
+            expected = answering if role == asking else asking
+        elif index or role != "system":
             return False
-        is_system_allowed = False
-        expected = "assistant" if role == "user" else "user"
-    return expected == "user" and len(messages) > 1
+    return expected == asking
