@@ -34,6 +34,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "train": {
         "finetune": ("finetune", "Fine-tune the model that Ollama runs: data in, a trained and checked model out."),
         "train-run": ("finetune", "The same as finetune."),
+        "retrain": ("retrain", "A base and a trained adapter become an Ollama model, as a layer or merged."),
         "train-data": ("train_data", "A sample of training data to begin with; what your data is like to a model."),
         "validate-training-data": ("validate_training_data", "Is every line fit to train on?"),
         "prepare-training-data": ("prepare_training_data", "Training data in the form that another trainer takes."),

@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 
 
-@click.command("finetune", epilog="Example: ollama-forge finetune --data ./data --base llama3.2 --name my-model")
+@click.command(
+    "finetune",
+    epilog="Example: ollama-forge finetune --data ./data --base llama3.2 --name my-model"
+    "   (ollama-forge train-run is the same)",
+)
 @click.option("--data", multiple=True, type=click.Path(path_type=Path), help="JSONL, CSV or Parquet; or a folder.")
 @click.option("--include", multiple=True, metavar="GLOB", help="Other files of a --data folder than *.jsonl.")
 @click.option("--base", help="The model to train: an Ollama name, a .gguf file, a folder.")
