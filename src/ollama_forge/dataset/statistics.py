@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ollama_forge.dataset.chat_format import ChatFormat
 from ollama_forge.dataset.examples import Example, Source, answered_turns
 from ollama_forge.dataset.private import PrivateString, find_private_strings
-from ollama_forge.dataset.render import RenderedExample, RenderOptions, render_example
+from ollama_forge.dataset.render import NOT_LEARNT, RenderedExample, RenderOptions, render_example
 from ollama_forge.errors import TemplateError
 
 SHORT_ANSWER_CHARS = 3
@@ -96,39 +96,24 @@ def measure_dataset(
         sample_index: which of the examples that render is kept as the sample (the last one, where there are fewer);
             None takes the first in which nothing looks private.
     """
-    lengths: list[int] = []
-    notes: Counter[str] = Counter()
-    refused: list[str] = []
-    n_learnt = n_lost = n_rendered = n_refused = 0
-    sample: RenderedExample | None = None
+    rendered = _Rendered(max_length, sample_index)
     for example in examples:
-        try:
-            rendered = render_example(chat_format, example, options, notes)
-        except TemplateError as exc:
-            n_refused += 1
-            refused += [exc.what] if len(refused) < SHOWN else []
-            continue
-        if _is_sample(sample, example, sample_index, n_rendered):
-            sample = rendered
-        n_rendered += 1
-        lengths.append(len(rendered.input_ids))
-        n_learnt += rendered.n_learnt
-        n_lost += all(label < 0 for label in rendered.labels[:max_length])
-    ordered = sorted(lengths)
+        rendered.add(example, chat_format, options)
+    ordered = sorted(rendered.lengths)
     seen, duplicates = _find_duplicates(examples)
     leaks = [(item.source, seen[key]) for item, key in _keyed(validation or ()) if key in seen]
     private, places = _find_private(examples)
     return DatasetStatistics(
         n_examples=len(examples),
         n_turns=sum(len(example.turns) for example in examples),
-        n_tokens=sum(lengths),
-        n_learnt=n_learnt,
+        n_tokens=sum(ordered),
+        n_learnt=rendered.n_learnt,
         shortest=ordered[0] if ordered else 0,
         median=ordered[len(ordered) // 2] if ordered else 0,
         longest=ordered[-1] if ordered else 0,
-        histogram=bin_lengths(lengths),
-        n_truncated=sum(length > max_length for length in lengths),
-        n_lost=n_lost,
+        histogram=bin_lengths(ordered),
+        n_truncated=sum(length > max_length for length in ordered),
+        n_lost=rendered.n_lost,
         n_duplicates=len(duplicates),
         duplicates=tuple(duplicates[:SHOWN]),
         n_contradictions=_count_contradictions(examples),
@@ -137,11 +122,38 @@ def measure_dataset(
         leaks=tuple(leaks[:SHOWN]),
         private=dict(private.most_common()),
         private_places=tuple(places),
-        refused=tuple(refused),
-        n_refused=n_refused,
-        notes=dict(sorted(notes.items())),
-        sample=sample,
+        refused=tuple(rendered.refused),
+        n_refused=rendered.n_refused,
+        notes=dict(sorted(rendered.notes.items())),
+        sample=rendered.sample,
     )
+
+
+class _Rendered:
+    """What rendering each example showed."""
+
+    def __init__(self, max_length: int, sample_index: int | None) -> None:
+        self.lengths: list[int] = []
+        self.notes: Counter[str] = Counter()
+        self.refused: list[str] = []
+        self.sample: RenderedExample | None = None
+        self.n_learnt = self.n_lost = self.n_refused = 0
+        self._max_length = max_length
+        self._sample_index = sample_index
+
+    def add(self, example: Example, chat_format: ChatFormat, options: RenderOptions | None) -> None:
+        try:
+            rendered = render_example(chat_format, example, options, self.notes)
+        except TemplateError as exc:
+            self.n_refused += 1
+            if len(self.refused) < SHOWN:
+                self.refused.append(exc.what)
+            return
+        if _is_sample(self.sample, example, self._sample_index, len(self.lengths)):
+            self.sample = rendered
+        self.lengths.append(len(rendered.input_ids))
+        self.n_learnt += rendered.n_learnt
+        self.n_lost += rendered.labels[: self._max_length].count(NOT_LEARNT) == len(rendered.labels[: self._max_length])
 
 
 def _is_sample(sample: RenderedExample | None, example: Example, wanted: int | None, n_rendered: int) -> bool:

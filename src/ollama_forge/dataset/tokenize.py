@@ -18,6 +18,7 @@ from ollama_forge.dataset.render import NOT_LEARNT, RenderedExample, RenderOptio
 from ollama_forge.errors import DatasetError, TemplateError, UsageError
 
 OVERLONG = ("truncate", "drop")
+SHOWN_REFUSALS = 5
 
 DROPPED = {
     "too long": "longer than the maximum length",
@@ -90,49 +91,85 @@ def tokenize_examples(
             f"max_length {max_length!r} and overlong {overlong!r} do not go together",
             next=f"A length of at least 2, and one of: {', '.join(OVERLONG)}",
         )
-    rows: list[Tokenized] = []
-    dropped: Counter[str] = Counter()
     notes: Counter[str] = Counter()
-    refusals: list[str] = []
-    n_truncated = longest = n_examples = 0
+    rows = _Rows(max_length, overlong)
     for example in examples:
-        n_examples += 1
+        rows.n_examples += 1
         if not answered_turns(example):
-            dropped["no answer"] += 1
+            rows.dropped["no answer"] += 1
             continue
         try:
             rendered = render_example(chat_format, example, options, notes)
         except TemplateError as exc:
             if not skip_refused:
                 raise
-            dropped["refused"] += 1
-            refusals += [exc.what] if len(refusals) < 5 else []
+            rows.refuse(exc)
             continue
         if on_example:
             on_example(rendered)
-        longest = max(longest, len(rendered.input_ids))
-        is_long = len(rendered.input_ids) > max_length
-        if is_long and overlong == "drop":
-            dropped["too long"] += 1
-            continue
-        row = Tokenized(rendered.input_ids[:max_length], rendered.labels[:max_length], rendered.source)
-        if _count_learnt(row) == 0:
-            dropped["cut before the answer" if is_long else "no answer"] += 1
-            continue
-        n_truncated += is_long
-        rows.append(row)
-    if not rows:
-        raise _nothing_left(n_examples, dropped, refusals, longest, max_length)
+        rows.add(rendered)
+    if not rows.kept:
+        raise rows.nothing_left()
     return TokenizedDataset(
-        tuple(rows),
-        n_truncated,
-        dict(sorted(dropped.items())),
+        tuple(rows.kept),
+        rows.n_truncated,
+        dict(sorted(rows.dropped.items())),
         dict(sorted(notes.items())),
-        sum(len(row.input_ids) for row in rows),
-        sum(_count_learnt(row) for row in rows),
-        longest,
-        tuple(refusals),
+        sum(len(row.input_ids) for row in rows.kept),
+        sum(_count_learnt(row) for row in rows.kept),
+        rows.longest,
+        tuple(rows.refusals),
     )
+
+
+class _Rows:
+    """Rows that are kept, and why others are not."""
+
+    def __init__(self, max_length: int, overlong: str) -> None:
+        self.kept: list[Tokenized] = []
+        self.dropped: Counter[str] = Counter()
+        self.refusals: list[str] = []
+        self.n_examples = self.n_truncated = self.longest = 0
+        self._max_length = max_length
+        self._overlong = overlong
+
+    def refuse(self, exc: TemplateError) -> None:
+        self.dropped["refused"] += 1
+        if len(self.refusals) < SHOWN_REFUSALS:
+            self.refusals.append(exc.what)
+
+    def add(self, rendered: RenderedExample) -> None:
+        n_tokens = len(rendered.input_ids)
+        self.longest = max(self.longest, n_tokens)
+        is_long = n_tokens > self._max_length
+        if is_long and self._overlong == "drop":
+            self.dropped["too long"] += 1
+            return
+        row = Tokenized(rendered.input_ids[: self._max_length], rendered.labels[: self._max_length], rendered.source)
+        if _count_learnt(row) == 0:
+            self.dropped["cut before the answer" if is_long else "no answer"] += 1
+            return
+        self.n_truncated += is_long
+        self.kept.append(row)
+
+    def nothing_left(self) -> DatasetError:
+        if not self.n_examples:
+            return DatasetError(
+                "No training example was given",
+                next="See what a line looks like: ollama-forge validate-training-data --schema",
+            )
+        reasons = "; ".join(f"{count:,} {DROPPED[kind]}" for kind, count in sorted(self.dropped.items()))
+        next_step = "See what the data holds: ollama-forge train-data stats DATA --base REF"
+        if self.dropped["too long"] or self.dropped["cut before the answer"]:
+            next_step = (
+                f"The longest has {self.longest:,} tokens: raise --max-length above {self._max_length:,}, "
+                "or shorten the data."
+            )
+        elif self.refusals:
+            next_step = f"Change the conversations: {self.refusals[0]}"
+        return DatasetError(
+            f"None of the {self.n_examples:,} examples has a token to learn from", why=f"{reasons}.", next=next_step
+        )
 
 
 def split_examples(
@@ -172,22 +209,3 @@ def _count_learnt(row: Tokenized) -> int:
     """Labels that carry loss: the first position of a row is never predicted."""
     labels = row.labels[1:]
     return len(labels) - labels.count(NOT_LEARNT)
-
-
-def _nothing_left(
-    n_examples: int, dropped: Counter[str], refusals: Sequence[str], longest: int, max_length: int
-) -> DatasetError:
-    if not n_examples:
-        return DatasetError(
-            "No training example was given",
-            next="See what a line looks like: ollama-forge validate-training-data --schema",
-        )
-    reasons = "; ".join(f"{count:,} {DROPPED[kind]}" for kind, count in sorted(dropped.items()))
-    next_step = "See what the data holds: ollama-forge train-data stats DATA --base REF"
-    if dropped["too long"] or dropped["cut before the answer"]:
-        next_step = f"The longest has {longest:,} tokens: raise --max-length above {max_length:,}, or shorten the data."
-    elif refusals:
-        next_step = f"Change the conversations: {refusals[0]}"
-    return DatasetError(
-        f"None of the {n_examples:,} examples has a token to learn from", why=f"{reasons}.", next=next_step
-    )
