@@ -22,7 +22,7 @@ from ollama_forge.weights.safetensors import resolve_member
 _MAX_CARD_BYTES = 1 << 20
 
 # GGUF key (after `general.`) and the keys of a model card that fill it; the first that is there counts.
-_CARD_KEYS = {
+CARD_KEYS = {
     "name": ("name", "model_name"),
     "author": ("author", "model_author", "model_creator"),
     "version": ("version", "model_version"),
@@ -41,14 +41,14 @@ _CARD_KEYS = {
     "source.repo_url": ("repo_url", "model_repo_url"),
 }
 
-_LISTS = {"tags": ("tags", "pipeline_tag"), "languages": ("languages", "language")}
-_LINEAGE = {
+LISTS = {"tags": ("tags", "pipeline_tag"), "languages": ("languages", "language")}
+LINEAGE = {
     "base_model": ("base_model", "base_models", "base_model_sources"),
     "dataset": ("datasets", "dataset", "dataset_sources"),
 }
-_LINEAGE_KEYS = ("name", "author", "version", "organization", "description", "url", "doi", "uuid", "repo_url")
+LINEAGE_KEYS = ("name", "author", "version", "organization", "description", "url", "doi", "uuid", "repo_url")
 
-_SAMPLING: dict[str, tuple[str, ValueType]] = {
+SAMPLING: dict[str, tuple[str, ValueType]] = {
     "sequence": ("sequence", ValueType.STRING),
     "top_k": ("top_k", ValueType.INT32),
     "top_p": ("top_p", ValueType.FLOAT32),
@@ -68,7 +68,7 @@ _QUANTIZATION = re.compile(r"i?q\d(_\w)*|b?fp?(16|32)", re.IGNORECASE)
 _SIZE = re.compile(r"(([A]|\d+[x])?\d+([._]\d+)?[KMBT][\d]?|small|mini|medium|large|x?xl)", re.IGNORECASE)
 _TUNING = re.compile(r"chat|instruct|vision|lora", re.IGNORECASE)
 _KEPT_WORD = re.compile(r"(v\d+(?:\.\d+)*|\d.*)")
-_HUB_URL = re.compile(r"https?://huggingface.co/([^/]+/[^/]+)")
+HUB_URL = re.compile(r"https?://huggingface.co/([^/]+/[^/]+)")
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def general_fields(
     """
     front, warnings = read_front_matter(folder)
     card = _Card()
-    for key, sources in _CARD_KEYS.items():
+    for key, sources in CARD_KEYS.items():
         for source in sources:
             card.offer(key, front.get(source))
     own_name = config.get("_name_or_path")
@@ -131,11 +131,11 @@ def general_fields(
         card.offer("size_label", size_label(parameters))
     fields = [string("general.type", "model"), *_sampling_fields(folder)]
     fields += [
-        string(f"general.{key}", _text(card.values[key])) for key in _CARD_KEYS if card.values.get(key) is not None
+        string(f"general.{key}", _text(card.values[key])) for key in CARD_KEYS if card.values.get(key) is not None
     ]
-    for kind, sources in _LINEAGE.items():
+    for kind, sources in LINEAGE.items():
         fields += _lineage_fields(kind, sources, front, parameters.total)
-    for key, sources in _LISTS.items():
+    for key, sources in LISTS.items():
         words = [word for source in sources for word in _words(front.get(source))]
         if words:
             fields.append(array(f"general.{key}", ValueType.STRING, words))
@@ -297,7 +297,7 @@ def _sampling_fields(folder: Path) -> Iterable[Field]:
         values = json.loads(raw)
     except ValueError:
         return
-    for key, (source, value_type) in _SAMPLING.items():
+    for key, (source, value_type) in SAMPLING.items():
         value = values.get(source) if isinstance(values, dict) else None
         if value is None or isinstance(value, bool):
             continue
@@ -315,15 +315,15 @@ def _lineage_fields(kind: str, sources: Sequence[str], front: Mapping[str, Any],
     if source is None:
         return
     value = front[source]
-    entries = [_lineage_entry(item, n_parameters) for item in ([value] if isinstance(value, str) else value or [])]
+    entries = [parse_lineage(item, n_parameters) for item in ([value] if isinstance(value, str) else value or [])]
     yield uint32(f"general.{kind}.count", len(entries))
     for number, entry in enumerate(entries):
-        for key in _LINEAGE_KEYS:
+        for key in LINEAGE_KEYS:
             if entry.get(key) is not None:
                 yield string(f"general.{kind}.{number}.{key}", _text(entry[key]))
 
 
-def _lineage_entry(item: Any, n_parameters: int) -> Mapping[str, Any]:
+def parse_lineage(item: Any, n_parameters: int) -> Mapping[str, Any]:
     if isinstance(item, Mapping):
         return item
     if not isinstance(item, str):
@@ -332,7 +332,7 @@ def _lineage_entry(item: Any, n_parameters: int) -> Mapping[str, Any]:
     is_url = item.startswith(("http://", "https://", "ssh://"))
     if is_url:
         entry["repo_url"] = item
-        found = _HUB_URL.fullmatch(item)
+        found = HUB_URL.fullmatch(item)
         if not found:
             return entry
         item = found[1]

@@ -1,6 +1,6 @@
 """Write a SentencePiece `tokenizer.model` for a vocabulary that is merged by score.
 
-In: pieces with their scores and types. Out: the file's bytes. It holds the scores exactly, which `tokenizer.json` cannot.
+In: pieces with their scores and types. Out: the file's bytes. It holds the scores as they are, tokenizer.json cannot.
 Facts: `sentencepiece_model.proto` (ModelProto: 1 pieces, 2 trainer_spec, 3 normalizer_spec).
 """
 
