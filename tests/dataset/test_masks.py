@@ -210,16 +210,18 @@ def test_without_a_template_alpaca_blocks_or_plain_text_are_used() -> None:
     assert learnt_pieces(chat, render_example(chat, TWO_ROUNDS)) == ["It is five.</s>", "In Paris.</s>"]
 
 
-def test_a_token_over_the_border_belongs_to_the_answer_and_is_told() -> None:
-    chat = chat_format("qwen2-bpe", **{"tokenizer.chat_template": None})
-    notes: Counter[str] = Counter()
+@pytest.mark.parametrize("kind", ["qwen2-bpe", "llama2-spm", "gemma-spm"])
+def test_no_token_reaches_over_the_border_between_prompt_and_answer(kind: str) -> None:
+    chat = chat_format(kind, **{"tokenizer.chat_template": None})
     text = "The kettle sings when the water boils"
-    tokens = chat.tokenizer.encode_offsets(text)
-    border = next(start + 1 for _, start, end in tokens if start and end - start > 2)
-    record = {"prompt": text[:border], "completion": text[border:]}
-    rendered = render_example(chat, from_record(record), notes=notes)
-    assert notes["straddling"] == 1
-    assert [label != NOT_LEARNT for label in rendered.labels[:-1]] == [end > border for _, _, end in tokens]
+    for border in range(1, len(text)):
+        notes: Counter[str] = Counter()
+        record = {"prompt": text[:border], "completion": text[border:]}
+        rendered = render_example(chat, from_record(record), notes=notes)
+        prompt = chat.tokenizer.encode(text[:border], add_special=True)
+        assert list(rendered.input_ids[: len(prompt)]) == prompt
+        assert learnt_pieces(chat, rendered) == [text[border:] + chat.tokenizer.tokens[chat.tokenizer.eos_id or 0]]
+        assert not notes
 
 
 def test_the_two_views_differ_where_a_template_can_tell_them_apart() -> None:

@@ -4,8 +4,9 @@ In: an `Example` and a `ChatFormat`. Out: a `RenderedExample` whose ids are thos
 receive. The rules:
 
 - Loss is on assistant turns only, from the end of the prompt on, and the token that ends the turn is learnt.
-- The whole text becomes tokens at once, as the engine does it. A token belongs to an answer when its last character
-  does; one that began before the answer is counted as straddling.
+- The text becomes tokens as the engine makes them: a prompt at once, and an answer as what follows it. Where one token
+  would reach over the border, the text is divided there. Where that cannot be done, the token belongs to the answer
+  because its last character does, and is counted as straddling.
 - The begin token stands once in front where the engine puts it there, whether or not the template writes it too.
 - What the engine would show differently is not guessed: an answer whose place is not certain is an error, or is left
   out and counted.
@@ -14,7 +15,7 @@ receive. The rules:
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from ollama_forge.dataset.chat_format import ChatFormat
 from ollama_forge.dataset.examples import Example, Source, Turn, answered_turns
 from ollama_forge.dataset.locate import Answer, Render, locate_answer, missing_prompt
 from ollama_forge.errors import TemplateError, UsageError
+from ollama_forge.tokenizer.encode import GGUFTokenizer
 from ollama_forge.tokenizer.template import Rendered
 
 NOT_LEARNT = -100
@@ -126,7 +128,7 @@ def render_example(
         text, answers, n_turns = _plain_text(chat_format, example, notes)
     else:
         text, answers, n_turns = _chat_text(chat_format, example, options, notes)
-    tokens = _tokenize(chat_format, text)
+    tokens = _tokenize_around(chat_format, text, [answer.start for answer in answers])
     learnt = bytearray(len(tokens))
     found: set[str] = set()
     last_characters = _last_characters(chat_format, tokens)
@@ -286,6 +288,41 @@ def _tokenize(chat_format: ChatFormat, text: str) -> list[tuple[int, int, int]]:
     skip = len(begin) if text.startswith(begin) else 0
     placed = tokenizer.encode_offsets(text[skip:])
     return [(tokenizer.bos_id, 0, skip), *((token_id, start + skip, end + skip) for token_id, start, end in placed)]
+
+
+def _tokenize_around(chat_format: ChatFormat, text: str, borders: Sequence[int]) -> list[tuple[int, int, int]]:
+    """As `_tokenize`, with no token reaching over a border where that can be done."""
+    tokens = _tokenize(chat_format, text)
+    ends = [end for _, _, end in tokens]
+    cuts = []
+    for border in borders:
+        index = bisect_right(ends, border)
+        if index < len(tokens) and tokens[index][1] < border:
+            cuts.append(border)
+    if not cuts:
+        return tokens
+    divided = _tokenize(chat_format, text[: cuts[0]])
+    for cut, stop in zip(cuts, [*cuts[1:], len(text)], strict=True):
+        piece = _continue(chat_format.tokenizer, text[cut:stop])
+        if piece is None:
+            return tokens
+        divided += [(token_id, start + cut, end + cut) for token_id, start, end in piece]
+    return divided
+
+
+def _continue(tokenizer: GGUFTokenizer, text: str) -> list[tuple[int, int, int]] | None:
+    """The tokens of a text that goes on after another; None where the tokenizer cannot be asked for that.
+
+    SentencePiece puts a space in front of whatever it is given: the text is given behind a character that nothing in it
+    joins, and that character's tokens are taken away again.
+    """
+    if tokenizer.kind != "llama":
+        return tokenizer.encode_offsets(text)
+    for lead in ("\n", "\x01", "|"):
+        placed = tokenizer.encode_offsets(lead + text)
+        if not any(start < 1 < end for _, start, end in placed):
+            return [(token_id, start - 1, end - 1) for token_id, start, end in placed if start >= 1]
+    return None
 
 
 def _last_characters(chat_format: ChatFormat, tokens: Sequence[tuple[int, int, int]]) -> list[int]:
