@@ -90,7 +90,7 @@ def atomic_folder(target: Path, *, overwrite: bool = False, expected_bytes: int 
     """
     make_folder(target.parent)
     _clear_leftovers(target)
-    _require_free_target(target, overwrite=overwrite)
+    require_free_target(target, overwrite=overwrite)
     if expected_bytes:
         require_free_space(target.parent, expected_bytes, target.name)
     temp = target.with_name(f".{target.name}.forge-folder-{os.getpid()}")
@@ -99,7 +99,7 @@ def atomic_folder(target: Path, *, overwrite: bool = False, expected_bytes: int 
         temp.mkdir()
         yield temp
         fsync_folder(temp)
-        _require_free_target(target, overwrite=overwrite)
+        require_free_target(target, overwrite=overwrite)
         if target.exists():
             target.rename(old)
         temp.rename(target)
@@ -113,7 +113,12 @@ def atomic_folder(target: Path, *, overwrite: bool = False, expected_bytes: int 
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _require_free_target(target: Path, *, overwrite: bool) -> None:
+def require_free_target(target: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that may not be replaced.
+
+    Raises:
+        ExistsError: it is there and `overwrite` is false, or it is no folder that this replaces safely.
+    """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ExistsError(
             f"{str(target)!r} is there and is no folder",
