@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ollama_forge.dataset.examples import Example
 from ollama_forge.engine import GREEDY, open_engine
 from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.jobs.adapters import prepare_adapter
@@ -103,7 +104,7 @@ def _train_and_land(
     from ollama_forge.train.report import AnswerPair, write_report
     from ollama_forge.train.run import run_training
 
-    questions = _questions(prepared)
+    questions = choose_questions([*prepared.held, *prepared.examples])
     before = ask_all(prepared.model, questions)
     trained = run_training(
         prepared.gguf,
@@ -125,7 +126,7 @@ def _train_and_land(
         warnings.append(
             f"All {len(answers)} answers are the same as before training: train longer, or raise the learning rate."
         )
-    landed = None if request.skip_landing else _land(request, options, prepared.model, adapter_gguf)
+    landed = None if request.skip_landing else land_adapter(request, options, prepared.model, adapter_gguf)
     undo = _undo(request, landed)
     report = write_report(
         request.folder,
@@ -156,11 +157,10 @@ def ask_all(
         ]
 
 
-def _questions(prepared: PreparedRun) -> list[list[dict[str, Any]]]:
-    """The first few prompts: held-out ones where there are some."""
-    chosen = [*prepared.held, *prepared.examples][:N_QUESTIONS]
+def choose_questions(examples: Sequence[Example]) -> list[list[dict[str, Any]]]:
+    """The first few prompts, each a conversation that ends with the user; give held-out examples first."""
     questions = []
-    for example in chosen:
+    for example in examples[:N_QUESTIONS]:
         turns = [dict(message) for message in example.messages()]
         while turns and turns[-1]["role"] != "user":
             turns.pop()
@@ -173,7 +173,10 @@ def _prompt_of(turns: Sequence[dict[str, Any]]) -> str:
     return str(turns[-1]["content"])
 
 
-def _land(request: FinetuneRequest, options: LandOptions, model: ResolvedModel, adapter: Path) -> LandedModel:
+def land_adapter(
+    request: FinetuneRequest, options: LandOptions, model: ResolvedModel, adapter: Path
+) -> LandedModel:
+    """The base with a trained adapter becomes an Ollama model: as a layer, or merged where that was asked."""
     assert request.name is not None and model.gguf_path is not None
     if request.merge:
         _, landed = merge_and_land(model, [MergeInput(adapter)], request.name, request.changes, options)

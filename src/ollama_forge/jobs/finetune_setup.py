@@ -23,7 +23,7 @@ from ollama_forge.files import hash_file, make_folder, write_bytes
 from ollama_forge.gguf.reader import GGUFFile, open_gguf
 from ollama_forge.jobs.conversion import ConvertOptions, convert_folder
 from ollama_forge.jobs.landing import LandOptions
-from ollama_forge.jobs.resolve import ResolvedModel, resolve
+from ollama_forge.jobs.resolve import ResolvedModel, resolve, resolve_gguf
 from ollama_forge.jobs.training_plan import TrainingPlan, plan_training
 from ollama_forge.store.catalog import open_store
 from ollama_forge.store.discard import exists_error
@@ -49,6 +49,7 @@ class FinetuneRequest:
         overlong: what happens to rows beyond `max_length`: `truncate` or `drop`.
         folder: where checkpoints, the adapter and the report go.
         merge: land a merged model instead of the base with an adapter layer.
+        base_gguf: train on this GGUF of the same model instead; the result is landed on `base` all the same.
     """
 
     data: tuple[Path, ...]
@@ -66,11 +67,12 @@ class FinetuneRequest:
     skip_landing: bool = False
     resume: bool = False
     changes: Modelfile = field(default_factory=Modelfile)
+    base_gguf: Path | None = None
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """What training needs, checked."""
+    """What training needs, checked. `gguf` is what is trained on, `model` what the result is landed on."""
 
     model: ResolvedModel
     gguf: GGUFFile
@@ -88,10 +90,11 @@ class PreparedRun:
 def prepare_run(request: FinetuneRequest, options: LandOptions) -> Iterator[PreparedRun]:
     model = resolve_trainable(request.base, request.folder, options)
     assert model.gguf_path is not None
+    source = model.gguf_path if request.base_gguf is None else twin_of(model, request.base_gguf, options)
     dataset = read_dataset(find_data_files(request.data, request.include))
     examples, held = split_examples(dataset.examples, request.validation_share, request.loop.seed)
     render = RenderOptions(learn=request.learn)
-    with open_gguf(model.gguf_path) as gguf:
+    with open_gguf(source) as gguf:
         require_trainable(gguf, request.base)
         chat_format = chat_format_of(gguf.metadata)
         train = tokenize_examples(
@@ -130,6 +133,30 @@ def resolve_trainable(base: str, folder: Path, options: LandOptions) -> Resolved
         make_folder(folder)
         convert_folder(model.folder, converted, ConvertOptions(), progress=options.progress)
     return replace(model, gguf_path=converted, folder=None)
+
+
+def twin_of(model: ResolvedModel, base_gguf: Path, options: LandOptions) -> Path:
+    """`base_gguf`, after a look whether what is trained on it can be landed on `model`.
+
+    Raises:
+        TrainingError: their tensors differ in shape, or it is of another family.
+    """
+    path = resolve_gguf(str(base_gguf), options.store_path)
+    assert model.gguf_path is not None
+    with open_gguf(path) as source, open_gguf(model.gguf_path) as target:
+        differing = [
+            name
+            for name, tensor in source.tensors.items()
+            if len(tensor.shape) > 1 and (name not in target.tensors or target.tensors[name].shape != tensor.shape)
+        ]
+        if source.architecture != target.architecture or differing:
+            why = f"{differing[0]!r} is not the same in both." if differing else "They are of two families."
+            raise TrainingError(
+                f"--base-gguf {str(base_gguf)!r} is not the model {model.text!r} in another quantization",
+                why=f"{why} What is trained on one would not fit the other.",
+                next=f"Give a GGUF of {model.text!r}, or leave --base-gguf out: training then uses the model itself.",
+            )
+    return path
 
 
 def require_trainable(gguf: GGUFFile, base: str) -> None:
