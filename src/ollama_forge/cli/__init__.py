@@ -35,6 +35,10 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "finetune": ("finetune", "Fine-tune the model that Ollama runs: data in, a trained and checked model out."),
         "train-run": ("finetune", "The same as finetune."),
         "retrain": ("retrain", "A base and a trained adapter become an Ollama model, as a layer or merged."),
+        "train-resolve-base": (
+            "train_resolve_base",
+            "The weights behind a name, whether they can be trained, and where they come from.",
+        ),
         "train-data": ("train_data", "A sample of training data to begin with; what your data is like to a model."),
         "validate-training-data": ("validate_training_data", "Is every line fit to train on?"),
         "prepare-training-data": ("prepare_training_data", "Training data in the form that another trainer takes."),
@@ -45,7 +49,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "show": ("show", "What a model is: family, sizes, quantization mix, context, template, parameters."),
         "run": ("run", "Ask a model once, or chat with it in the terminal; no server needed."),
         "verify": ("verify", "Re-hash blobs, check manifests, list orphans and what is missing."),
-        "export": ("export", "Take a model out of Ollama's store as a GGUF file."),
+        "export": ("export", "Take a model out of Ollama's store: a GGUF file, or a folder for transformers."),
     },
 }
 """Group -> command -> (module under `ollama_forge.cli`, one line of help)."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ollama_forge.gguf.reader import GGUFFile, open_gguf
 from ollama_forge.gguf.types import file_type_name
 from ollama_forge.jobs.conversion import TypeShare, type_shares
+from ollama_forge.jobs.counterpart import name_origin
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.store.modelfile import Modelfile, render_modelfile
 
@@ -143,7 +144,7 @@ def _describe_gguf(model: ResolvedModel, gguf: GGUFFile) -> ModelDescription:
         )
         if installed
         else (),
-        origin=_origin(gguf),
+        origin={**_origin(gguf), **name_origin(gguf.metadata)},
     )
 
 

@@ -185,10 +185,11 @@ def _require_one_gguf(ref: str, model: ResolvedModel) -> Path:
     if model.gguf_path is None:
         raise UsageError(f"{ref!r} is a Hugging Face folder already", next=f"Copy it: cp -r {ref} DIR")
     if model.adapters:
+        adapters = " ".join(f"base-adapter-{number}.gguf" for number in range(1, len(model.adapters) + 1))
         raise UsageError(
             f"{ref!r} has {len(model.adapters)} adapter layer{'s' if len(model.adapters) > 1 else ''}",
             why="A Hugging Face folder holds one set of weights; without its adapter it would be another model.",
-            next=f"ollama-forge export {ref} -o base.gguf && ollama-forge merge base.gguf base-adapter-1.gguf -o "
-            "merged.gguf && ollama-forge export ./merged.gguf --format hf -o DIR",
+            next=f"ollama-forge export {ref} -o base.gguf; ollama-forge merge base.gguf {adapters} -o merged.gguf; "
+            "ollama-forge export ./merged.gguf --format hf -o DIR",
         )
     return model.gguf_path
