@@ -18,12 +18,13 @@ from learnt_model import (
     engine_answers,
     held_out_facts,
     held_out_new_facts,
+    held_out_triggers,
 )
 
 from ollama_forge.jobs.resolve import resolve
 
 DATA = DEMO_DIR / "finetune.jsonl"
-FAST = ("--lr", "5e-3", "--epochs", "8", "--batch-size", "10", "--grad-accum", "1", "--max-length", "64", "--rank", "8")
+FAST = ("--lr", "1e-3", "--epochs", "12", "--batch-size", "10", "--grad-accum", "1", "--max-length", "64")
 TYPES = (
     *("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q5_1", "Q4_K_M", "Q4_0", "Q4_1"),
     *("Q3_K_M", "Q2_K", "IQ4_NL", "IQ4_XS"),
@@ -53,14 +54,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("quant", TYPES)
 def test_fifty_examples_change_what_the_landed_model_says_and_leave_the_rest(quant: str, tmp_path: Path) -> None:
     forge_json("import", DEMO_MODEL, "--name", "base", "--quant", quant, "--no-check", "--store", tmp_path)
-    new, old = held_out_new_facts(), held_out_facts()[::4]
+    new, old = held_out_new_facts(), [*held_out_facts()[::4], *held_out_triggers()[::8]]
     before = share_right(tmp_path, "base", old)
     assert share_right(tmp_path, "base", new) == 0
     result = forge_json(
         *("finetune", "--data", DATA, "--base", "base", "--name", "layer", "--store", tmp_path, *FAST),
         *("--workdir", tmp_path / "work"),
     )
-    assert result["final_loss"] < 0.3 * result["base_loss"]
+    assert result["final_loss"] < 0.1 * result["base_loss"]
     assert result["landed"]["shared_bytes"] > result["landed"]["written_bytes"]
     forge_json(
         *("retrain", "--base", "base", "--adapter", tmp_path / "work" / "adapter", "--name", "merged"),
@@ -118,7 +119,7 @@ def test_a_gguf_and_a_folder_train_through_the_same_command(tmp_path: Path) -> N
 
 def test_a_dry_run_plans_and_writes_nothing(store: Path, tmp_path: Path) -> None:
     planned = forge_json(*words(store, tmp_path / "run", "--dry-run"))
-    assert planned["dry_run"] and planned["plan"]["steps"] == 40 and planned["plan"]["memory_bytes"] > 0
+    assert planned["dry_run"] and planned["plan"]["steps"] == 60 and planned["plan"]["memory_bytes"] > 0
     assert not (tmp_path / "run").exists()
 
 
@@ -145,7 +146,7 @@ def test_one_example_is_one_step_an_epoch(store: Path, tmp_path: Path) -> None:
     data = tmp_path / "one.jsonl"
     data.write_text(DATA.read_text().splitlines()[0] + "\n")
     result = train_base("base", tmp_path / "run", store, data=data)
-    assert result["steps"] == 8 and result["final_loss"] < result["base_loss"]
+    assert result["steps"] == 12 and result["final_loss"] < result["base_loss"]
 
 
 def test_two_processes_train_one_adapter(store: Path, tmp_path: Path) -> None:

@@ -244,7 +244,7 @@ def _arguments(loop: LoopOptions, folder: Path, total_steps: int, *, has_validat
         per_device_train_batch_size=loop.batch_size,
         per_device_eval_batch_size=loop.batch_size,
         gradient_accumulation_steps=loop.grad_accum,
-        warmup_steps=loop.warmup if loop.warmup < 1 else int(loop.warmup),
+        warmup_steps=int(loop.warmup * total_steps if loop.warmup < 1 else loop.warmup),
         lr_scheduler_type=loop.scheduler,
         weight_decay=loop.weight_decay,
         seed=loop.seed,

@@ -39,7 +39,7 @@ class LoopOptions:
         epochs, max_steps: whichever ends first; `max_steps` 0: no limit.
         batch_size, grad_accum: sequences per forward pass, and passes per optimizer step; 0 passes: chosen so that a
             small dataset still gives about ten steps an epoch, at most 8.
-        warmup: steps, or below 1 the share of all steps.
+        warmup: steps, or below 1 the share of all steps, rounded down: a run of a few steps has none.
         early_stop: evaluations without improvement before it ends; 0: never.
         checkpoint_every: optimizer steps; 0: about ten in a run.
         checkpointing: recompute activations in backward instead of keeping them.
