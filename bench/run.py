@@ -49,7 +49,7 @@ def main() -> int:
     folder = BENCH_DIR / "work"
     folder.mkdir(exist_ok=True)
     shop = Workshop(folder, options.repeats, options.layers, options.threads)
-    began = time.perf_counter()
+    began, load_before = time.perf_counter(), os.getloadavg()[0]
     sections = {}
     failed = False
     for topic, jobs in TOPICS.items():
@@ -59,7 +59,7 @@ def main() -> int:
             sections[topic] = rows
     if not options.keep:
         shutil.rmtree(folder)
-    text = render_results(sections, shop, time.perf_counter() - began)
+    text = render_results(sections, shop, time.perf_counter() - began, load_before)
     print(text)
     if not (options.only or options.print_only or failed):
         RESULTS.write_text(text, "utf-8")
@@ -80,7 +80,7 @@ def run_jobs(jobs: list[Job], shop: Workshop) -> tuple[list[Row], bool]:
     return rows, failed
 
 
-def render_results(sections: dict[str, list[Row]], shop: Workshop, seconds: float) -> str:
+def render_results(sections: dict[str, list[Row]], shop: Workshop, seconds: float, load_before: float) -> str:
     lines = [
         "# What it costs, beside what you would otherwise use",
         "",
@@ -88,6 +88,7 @@ def render_results(sections: dict[str, list[Row]], shop: Workshop, seconds: floa
         "take turns; wall time of whole processes, start-up included; memory is the process's high-water mark.",
         "",
         f"- Machine: {describe_machine()}; {shop.n_threads} threads for every tool that takes the number.",
+        f"- Other work on it: load average {load_before:.1f} before the first run.",
         f"- Here: {'; '.join(present_peers())}.",
         f"- Absent: {'; '.join(absent_peers()) or 'none'}.",
     ]
