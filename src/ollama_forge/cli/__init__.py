@@ -39,6 +39,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
             "train_resolve_base",
             "The weights behind a name, whether they can be trained, and where they come from.",
         ),
+        "train": ("train", "The same as finetune; or with --write-script a bash script that does it step by step."),
         "train-data": ("train_data", "A sample of training data to begin with; what your data is like to a model."),
         "validate-training-data": ("validate_training_data", "Is every line fit to train on?"),
         "prepare-training-data": ("prepare_training_data", "Training data in the form that another trainer takes."),

@@ -12,11 +12,13 @@ from ollama_forge.cli.config_file import config_option
 from ollama_forge.cli.console import Console, human_bytes, human_count
 from ollama_forge.cli.landing import landing_options
 from ollama_forge.cli.options import modelfile_options
+from ollama_forge.cli.trainer_options import TrainerTalk, show_trained_elsewhere, trainer_options
 from ollama_forge.errors import UsageError
 
 if TYPE_CHECKING:
     from ollama_forge.jobs.finetune import FinetuneResult
     from ollama_forge.jobs.landing import LandOptions
+    from ollama_forge.jobs.trainer_job import TrainerOptions
     from ollama_forge.jobs.training_plan import TrainingPlan
     from ollama_forge.store.modelfile import Modelfile
     from ollama_forge.train.options import StepReport
@@ -61,6 +63,7 @@ SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 )
 @click.option("--merge", is_flag=True, help="Land merged weights instead of an adapter layer.")
 @click.option("--skip-retrain", is_flag=True, help="Train only; land nothing.")
+@trainer_options
 @modelfile_options
 @config_option
 @landing_options
@@ -69,6 +72,7 @@ def command(
     base: str | None,
     name: str | None,
     workdir: Path | None,
+    trainer: TrainerOptions,
     changes: Modelfile,
     options: LandOptions,
     console: Console,
@@ -80,10 +84,11 @@ def command(
             "finetune needs --data, --base and --name",
             next="Example: ollama-forge finetune --data ./data --base llama3.2 --name my-model",
         )
-    from ollama_forge.jobs.finetune import finetune
     from ollama_forge.jobs.finetune_setup import FinetuneRequest
+    from ollama_forge.jobs.trainer_job import TrainerResult
+    from ollama_forge.jobs.trainers import train
 
-    folder = workdir or Path(f"finetune-{(name or 'run').replace('/', '-').replace(':', '-')}")
+    folder = workdir or default_folder(name)
     request = FinetuneRequest(
         data=data,
         base=base,
@@ -101,12 +106,29 @@ def command(
         resume=settings["resume"],
         changes=changes,
     )
-    line = _ProgressLine(console)
-    result = finetune(request, options, on_plan=lambda plan: _show_plan(console, plan), watch=line)
+    line, talk = _ProgressLine(console), TrainerTalk(console)
+    result = train(
+        request,
+        trainer,
+        options,
+        output=talk.pass_on,
+        on_command=talk.announce,
+        on_plan=lambda plan: _show_plan(console, plan),
+        watch=line,
+    )
     line.end()
     for warning in result.warnings:
         console.warn(warning)
-    console.result(result.document(), lambda: _show(console, result))
+    if isinstance(result, TrainerResult):
+        show_trained_elsewhere(console, result)
+    else:
+        trained = result
+        console.result(trained.document(), lambda: _show(console, trained))
+
+
+def default_folder(name: str | None) -> Path:
+    """Where a run works that was not told where."""
+    return Path(f"finetune-{(name or 'run').replace('/', '-').replace(':', '-')}")
 
 
 def _lora(settings: dict[str, Any]) -> Any:
