@@ -17,6 +17,7 @@ import torch
 from ollama_forge.errors import TrainingError
 from ollama_forge.gguf.native import dequantize
 from ollama_forge.gguf.types import GGMLType, row_bytes
+from ollama_forge.train.heap import HeapKeeper
 from ollama_forge.train.unpack import UNPACKED_TYPES, unpack_blocks
 
 # Large enough to hold one layer of a 1-2 B model between its recomputation and its backward pass.
@@ -124,6 +125,7 @@ class Workspace:
 
     def __init__(self, capacity_bytes: int = WORKSPACE_BYTES) -> None:
         self.capacity_bytes = capacity_bytes
+        self.heap = HeapKeeper()
         self._lock = threading.RLock()
         self._rings: dict[tuple[torch.device, torch.dtype], _Ring] = {}
 

@@ -26,7 +26,6 @@ from ollama_forge.errors import GGUFError, UnsupportedError
 from ollama_forge.gguf.native import dequantize
 from ollama_forge.gguf.reader import GGUFFile, open_gguf
 from ollama_forge.train.blocks import WORKSPACE_BYTES, PackedMatrix, Workspace
-from ollama_forge.train.heap import keep_heap_small
 from ollama_forge.train.loss import install_chunked_loss
 from ollama_forge.train.packed import PackedEmbedding, PackedExpert, PackedExperts, PackedLinear
 
@@ -72,7 +71,6 @@ def load_packed(source: Path | GGUFFile, *, workspace_bytes: int = WORKSPACE_BYT
     _set_frequencies(model, file)
     model.requires_grad_(False).eval()
     install_chunked_loss(model)
-    keep_heap_small(model)
     return PackedModel(model, family, file, filler.workspace, skipped)
 
 

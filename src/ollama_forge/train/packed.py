@@ -30,6 +30,7 @@ class _Multiply(torch.autograd.Function):
         with workspace.pieces(matrix, x) as pieces:
             for start, end, values in pieces:
                 torch.mm(x, values.t(), out=out[:, start:end])
+        workspace.heap.note(out)
         return out
 
     @staticmethod
@@ -39,7 +40,9 @@ class _Multiply(torch.autograd.Function):
             return None, None, None
         matrix: PackedMatrix = ctx.matrix
         with ctx.workspace.pieces(matrix, gradient, reverse=True) as pieces:
-            return _sum_products(gradient, matrix, pieces), None, None
+            total = _sum_products(gradient, matrix, pieces)
+        ctx.workspace.heap.note(total)
+        return total, None, None
 
 
 def _sum_products(
