@@ -65,7 +65,7 @@ def test_fifty_examples_change_what_the_landed_model_says_and_leave_the_rest(qua
     assert result["landed"]["shared_bytes"] > result["landed"]["written_bytes"]
     forge_json(
         *("retrain", "--base", "base", "--adapter", tmp_path / "work" / "adapter", "--name", "merged"),
-        *("--merge", "--store", tmp_path),
+        *("--merge", "--imatrix", tmp_path / "work" / "imatrix.gguf", "--store", tmp_path),
     )
     for name in ("layer", "merged"):
         assert share_right(tmp_path, name, new) >= 0.9, name

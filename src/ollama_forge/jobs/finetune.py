@@ -24,10 +24,10 @@ from ollama_forge.jobs.finetune_setup import (
     require_free_name,
 )
 from ollama_forge.jobs.landing import LandedModel, LandOptions, land_gguf, land_installed
-from ollama_forge.jobs.merging import MergeInput, merge_and_land
+from ollama_forge.jobs.merging import MergeInput, MergeOptions, merge_and_land
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.jobs.training_plan import TrainingPlan
-from ollama_forge.train.options import TrainedAdapter, Watch
+from ollama_forge.train.options import IMPORTANCE_FILE, TrainedAdapter, Watch
 
 if TYPE_CHECKING:
     from ollama_forge.train.report import AnswerPair
@@ -173,13 +173,18 @@ def _prompt_of(turns: Sequence[dict[str, Any]]) -> str:
     return str(turns[-1]["content"])
 
 
-def land_adapter(
-    request: FinetuneRequest, options: LandOptions, model: ResolvedModel, adapter: Path
-) -> LandedModel:
+def land_adapter(request: FinetuneRequest, options: LandOptions, model: ResolvedModel, adapter: Path) -> LandedModel:
     """The base with a trained adapter becomes an Ollama model: as a layer, or merged where that was asked."""
     assert request.name is not None and model.gguf_path is not None
     if request.merge:
-        _, landed = merge_and_land(model, [MergeInput(adapter)], request.name, request.changes, options)
+        _, landed = merge_and_land(
+            model,
+            [MergeInput(adapter)],
+            request.name,
+            request.changes,
+            options,
+            MergeOptions(imatrix=request.folder / IMPORTANCE_FILE),
+        )
         return landed
     if model.installed is not None:
         return land_installed(model.installed, request.name, request.changes, options, adapters=(adapter,))

@@ -61,7 +61,7 @@ def train_adapter(
     base: str,
     resume: bool = False,
     watch: Watch | None = None,
-) -> TrainedAdapter:
+) -> tuple[PeftModel, TrainedAdapter]:
     """Train, and prove that it did something.
 
     Args:
@@ -110,7 +110,7 @@ def train_adapter(
         adapted.peft_config["default"].base_model_name_or_path = base
         adapted.save_pretrained(str(result), safe_serialization=True, save_embedding_layers=False)
     history = trainer.state.log_history
-    return TrainedAdapter(
+    return adapted, TrainedAdapter(
         folder=result,
         steps=trainer.state.global_step,
         train_losses=tuple(LossPoint(int(row["step"]), row["loss"]) for row in history if "loss" in row),

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+IMPORTANCE_FILE = "imatrix.gguf"
+"""Name of the importance matrix that a run leaves in its folder."""
+
 
 @dataclass(frozen=True)
 class LossPoint:

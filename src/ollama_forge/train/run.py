@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -14,13 +15,16 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from ollama_forge.dataset.tokenize import Tokenized
+from ollama_forge.gguf.imatrix import write_imatrix
 from ollama_forge.gguf.reader import GGUFFile
 from ollama_forge.tokenizer.encode import GGUFTokenizer
 from ollama_forge.train.finetune import train_adapter
+from ollama_forge.train.importance import gather_importance
 from ollama_forge.train.load import load_packed
-from ollama_forge.train.options import LoopOptions, LoraOptions, TrainedAdapter, Watch
+from ollama_forge.train.options import IMPORTANCE_FILE, LoopOptions, LoraOptions, TrainedAdapter, Watch
 
 SMALL_MODEL_BYTES = 16 << 20
+IMPORTANCE_ROWS = 256
 
 
 def run_training(
@@ -36,7 +40,10 @@ def run_training(
     resume: bool = False,
     watch: Watch | None = None,
 ) -> TrainedAdapter:
-    """Train LoRA matrices on the packed blocks of a GGUF; see `finetune.train_adapter`."""
+    """Train LoRA matrices on the packed blocks of a GGUF; see `finetune.train_adapter`.
+
+    Beside the adapter an importance matrix is left (`IMPORTANCE_FILE`), for a merge into the same quantization.
+    """
     transformers_logging.set_verbosity_error()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -44,7 +51,7 @@ def run_training(
             # Threads that wait for each other cost more than they bring where a model fits the processor's cache.
             torch.set_num_threads(1)
         packed = load_packed(gguf)
-        return train_adapter(
+        adapted, trained = train_adapter(
             packed.model,
             wrap_tokenizer(tokenizer),
             train,
@@ -56,6 +63,9 @@ def run_training(
             resume=resume,
             watch=watch,
         )
+        imatrix = gather_importance(packed, adapted, islice(train, IMPORTANCE_ROWS))
+        write_imatrix(folder / IMPORTANCE_FILE, imatrix, overwrite=True)
+    return trained
 
 
 def wrap_tokenizer(tokenizer: GGUFTokenizer) -> PreTrainedTokenizerFast:
