@@ -23,8 +23,9 @@ from transformers.utils import ModelOutput
 from ollama_forge.errors import TrainingError
 from ollama_forge.train.packed import PackedLinear
 
-# Logits that exist at one time: 140 tokens of a 150,000-word vocabulary, 650 of a 32,000-word one.
-LOGITS_BYTES = 80 << 20
+# Logits that exist at one time: 330 tokens of a 150,000-word vocabulary, 1,500 of a 32,000-word one. No layer's
+# activations exist then, so this is not where memory peaks; fewer chunks dequantize the head less often.
+LOGITS_BYTES = 192 << 20
 # Rows are turned into probabilities this many bytes at a time, so that they stay in the processor's cache.
 _TILE_BYTES = 2 << 20
 _IGNORED = -100
@@ -104,9 +105,9 @@ class _ScoreLabels(torch.autograd.Function):
         entropy = torch.empty_like(log_probs)
         is_top1 = torch.empty(n, dtype=torch.bool, device=hidden.device)
         gradient = torch.empty_like(hidden) if needs_gradient else None
-        step = min(n, max(1, LOGITS_BYTES // (4 * vocabulary)))
+        step = _chunk_size(n, vocabulary)
         logits = hidden.new_empty(step, vocabulary, dtype=torch.float32)
-        for start in range(0, n, max(step, 1)):
+        for start in range(0, n, step):
             chunk = slice(start, min(start + step, n))
             tile = logits[: chunk.stop - chunk.start]
             _write_logits(hidden[chunk], head, tile)
@@ -123,6 +124,13 @@ class _ScoreLabels(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream.unsqueeze(-1).to(gradient.dtype), None, None, None
+
+
+def _chunk_size(n: int, vocabulary: int) -> int:
+    """Tokens per chunk: as few chunks as `LOGITS_BYTES` allows, all about equally long."""
+    most = max(1, LOGITS_BYTES // (4 * vocabulary))
+    n_chunks = max(1, -(-n // most))
+    return max(1, -(-n // n_chunks))
 
 
 def _write_logits(hidden: torch.Tensor, head: Head, logits: torch.Tensor) -> None:
