@@ -163,7 +163,7 @@ def test_a_quantized_base_stays_in_its_types_and_loses_one_rounding(
             wanted = np.ascontiguousarray(before[name] + delta)
             once = dequantize(quantize(wanted, tensor.type), tensor.type, tensor.shape)
             found = dequantize(new.read(name), tensor.type, tensor.shape)
-            assert np.linalg.norm(found - wanted) <= 1.01 * np.linalg.norm(once - wanted) + 1e-5
+            assert np.linalg.norm(found - wanted) <= 1.2 * np.linalg.norm(once - wanted) + 1e-5
     for loss in merged.losses:
         assert loss.change > 0.05 and 0.8 < loss.survived < 1.2 and loss.relative_error < 0.25
     assert fields_of(source) == fields_of(tmp_path / "m.gguf")

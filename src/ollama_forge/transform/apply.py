@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,12 @@ from ollama_forge.gguf.types import GGMLType, row_bytes
 from ollama_forge.gguf.writer import Field, TensorEntry, copy_entry, from_reader, plan_layout
 from ollama_forge.transform.edits import Floats, LossMeter, RowChange, TensorEdit, TensorLoss, require_finite
 
+# Rounds of steered rounding at most, how far each goes, the error in the change's directions at which a row is done (a
+# share of the change), and how much more error than plain rounding's a row may take for it.
+FEEDBACK_ROUNDS = 12
+FEEDBACK_GAIN = 0.5
+FEEDBACK_GOAL = 0.05
+FEEDBACK_LIMIT = 2.0
 PIECE_ELEMENTS = 1 << 20
 _SPLIT_KEYS = frozenset({"split.no", "split.count", "split.tensors.count"})
 _LARGEST_F16 = 65504.0
@@ -161,10 +168,58 @@ class _Job:
                 why="The change is far too strong, or the adapter belongs to another base.",
                 next="Check the adapter: ollama-forge adapters check ADAPTER --base REF",
             )
-        encoded = quantize(wanted, tensor.type, weights, n_threads=self.n_threads)
-        stored = dequantize(encoded, tensor.type, before.shape, n_threads=self.n_threads)
+        encoded, stored = self._nearest(wanted, before, weights)
         meter.add(before, wanted, stored)
         return encoded.reshape(-1)
+
+    def _nearest(self, wanted: Floats, before: Floats, weights: Floats | None) -> tuple[Any, Floats]:
+        """(encoded, what it decodes to). Where the change acts in few input directions, rounding is steered there.
+
+        A small change of weights that lie on the quantization's grid would be rounded away, all of it, at few bits.
+        So the error that the stored weights make in the directions of the change is added to what is rounded, again
+        and again: each weight still is one of its two neighbours or so, but their sum along these directions is kept.
+        """
+        encoded, stored = self._stored(wanted, weights)
+        basis = self._basis
+        if basis is None:
+            return encoded, stored
+        goal = FEEDBACK_GOAL * np.linalg.norm((wanted - before) @ basis.T, axis=1)
+        error = (wanted - stored) @ basis.T
+        smallest = np.linalg.norm(error, axis=1)
+        most = FEEDBACK_LIMIT * np.linalg.norm(wanted - stored, axis=1)
+        correction = np.zeros_like(error)
+        for _ in range(FEEDBACK_ROUNDS):
+            rows = np.flatnonzero(smallest > goal)
+            if not rows.size:
+                break
+            correction[rows] += FEEDBACK_GAIN * error[rows]
+            tried, decoded = self._stored(wanted[rows] + (correction[rows] @ basis).astype(np.float32), weights)
+            difference = wanted[rows] - decoded
+            error[rows] = difference @ basis.T
+            size = np.linalg.norm(error[rows], axis=1)
+            is_better = (size < smallest[rows]) & (np.linalg.norm(difference, axis=1) <= most[rows])
+            better = rows[is_better]
+            encoded[better], stored[better], smallest[better] = tried[is_better], decoded[is_better], size[is_better]
+        return encoded, stored
+
+    def _stored(self, rows: Floats, weights: Floats | None) -> tuple[Any, Floats]:
+        """(encoded, what it decodes to)."""
+        contiguous = np.ascontiguousarray(rows, dtype=np.float32)
+        encoded = quantize(contiguous, self.tensor.type, weights, n_threads=self.n_threads)
+        return encoded, dequantize(encoded, self.tensor.type, contiguous.shape, n_threads=self.n_threads)
+
+    @cached_property
+    def _basis(self) -> Floats | None:
+        """Orthonormal rows that span the directions of the change; None where there are none, or too many."""
+        if self.edit.inputs is None or len(self.tensor.shape) != 2:
+            return None
+        directions = self.edit.inputs()
+        if len(directions) > self.tensor.shape[-1] // 4:
+            return None
+        basis, lengths = np.linalg.qr(np.asarray(directions.T, dtype=np.float64))
+        is_new = np.abs(np.diag(lengths)) > 1e-9 * max(1e-30, float(np.abs(lengths).max()))
+        result: Floats = basis.T[is_new].astype(np.float32)
+        return result
 
     def _pieces(self, n_columns: int) -> Iterator[tuple[int, int, Floats | None]]:
         """(first row, rows, column weights); no piece crosses from one expert to the next."""

@@ -29,10 +29,13 @@ class TensorEdit:
     Attributes:
         name: as its file spells it.
         open: called when the tensor's turn comes; what it loads is given back when the tensor is done.
+        inputs: the directions [k, columns] of the input in which the change acts, where there are few of them; storing
+            the tensor then keeps what it does to these directions (see `apply`).
     """
 
     name: str
     open: Callable[[], RowChange] = field(repr=False)
+    inputs: Callable[[], Floats] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

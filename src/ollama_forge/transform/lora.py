@@ -109,7 +109,7 @@ def plan_merge(adapters: Sequence[WeightedAdapter], locator: Locator) -> list[Te
         _require_exact(name, change)
     if not changes:
         raise AdapterError("The adapter changes nothing", why="It holds no pair.", next="Train it again.")
-    return [TensorEdit(name, _opener(change)) for name, change in changes.items()]
+    return [TensorEdit(name, _opener(change), _inputs(change)) for name, change in changes.items()]
 
 
 def _require_mergeable(adapter: WeightedAdapter) -> None:
@@ -225,6 +225,16 @@ def _require_exact(name: str, change: _Changes) -> None:
             why="The result would depend on their order.",
             next="Merge them one after the other, the replacing one first.",
         )
+
+
+def _inputs(change: _Changes) -> Callable[[], Floats] | None:
+    """The rows of every right factor: outside of what they span the change does nothing."""
+    if change.wholes or change.sums or not change.products or len({p.first_row for p in change.products}) > 1:
+        return None
+    if any(product.magnitude is not None for product in change.products):
+        return None
+    products = tuple(change.products)
+    return lambda: np.concatenate([product.right() for product in products])
 
 
 def _opener(change: _Changes) -> Callable[[], RowChange]:
