@@ -21,7 +21,7 @@ _IN_VARIABLES = {
     *("data", "more_data", "include", "base", "name", "workdir", "trainer_name", "base_gguf", "run_trainer"),
     *("prepared_output", "adapter_output", "format_name", "skip_retrain", "resume", "write_script"),
 }
-_NOT_IN_SCRIPTS = {"as_json", "quiet", "dry_run", "force"}
+_NOT_IN_SCRIPTS = {"as_json", "quiet", "dry_run", "force", "config"}
 _FINETUNE_FLAGS = {
     "rank": "--lora-r",
     "alpha": "--lora-alpha",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.command(
     "validate-training-data",
-    epilog="Examples: ollama-forge validate-training-data train.jsonl   |   ollama-forge validate-training-data ./data",
+    epilog="Example: ollama-forge validate-training-data train.jsonl   (or a folder: ./data)",
 )
 @click.argument("data", nargs=-1, type=click.Path(path_type=Path), metavar="[DATA]...")
 @click.option("--schema", is_flag=True, help="Show what a line may look like, and stop.")

@@ -140,9 +140,9 @@ def _started(command: Sequence[str], folder: Path) -> Iterator[tuple[subprocess.
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             _signal_group(process, signal.SIGINT)
             process.wait(timeout=END_TIMEOUT_SECONDS)
+        _end(process)
         raise
     finally:
-        _end(process)
         if opened:
             os.close(opened[0])
         if process.stdout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from ollama_forge.files import make_folder, write_bytes
 from ollama_forge.jobs.external_program import quoted
 from ollama_forge.jobs.finetune_setup import FinetuneRequest
 from ollama_forge.jobs.landing import LandedModel
+from ollama_forge.jobs.resolve import ResolvedModel
 
 TRAINER_FILE = "trainer.json"
+BASE_FOLDER = "base-hf"
+BASE_FILE = "base-f32.gguf"
 
 
 @dataclass(frozen=True)
@@ -113,18 +117,42 @@ class TrainerResult:
         }
 
 
-def claim_trainer_folder(request: FinetuneRequest, trainer: str, *, overwrite: bool) -> None:
-    """Write down whose folder this is.
+def check_claim(
+    request: FinetuneRequest, trainer: str, base: ResolvedModel, base_gguf: Path | None, *, overwrite: bool
+) -> bytes:
+    """What will be written down about the run in the working folder.
 
     Raises:
-        ExistsError: another run is in it, and neither `--resume` nor `--force` was given.
+        ExistsError: another run is in it; `--resume` goes on with the same one only, `--force` begins again.
     """
+    asked = {
+        "trainer": trainer,
+        "base": str((base.gguf_path or base.folder or Path()).absolute()),
+        "base_gguf": str(base_gguf.absolute()) if base_gguf else None,
+    }
+    claim = (json.dumps(asked, indent=2, sort_keys=True) + "\n").encode()
     path = request.folder / TRAINER_FILE
-    if path.exists() and not (overwrite or request.resume):
+    if not path.exists() or overwrite:
+        return claim
+    if not request.resume:
         raise ExistsError(
             f"There is a run in {str(request.folder)!r} already",
             next="Add --resume to go on with it, --force to begin again, or choose another --workdir.",
         )
+    if path.read_bytes() != claim:
+        raise ExistsError(
+            f"The run in {str(request.folder)!r} was asked something else",
+            why="Its trainer or its base differs from what is asked now.",
+            next="Use the same command as before, --force to begin again, or another --workdir.",
+        )
+    return claim
+
+
+def write_claim(request: FinetuneRequest, claim: bytes) -> None:
+    """Make the folder this run's. What was made of another base is removed: it would be taken for this one's."""
+    path = request.folder / TRAINER_FILE
+    if path.exists() and path.read_bytes() != claim:
+        shutil.rmtree(request.folder / BASE_FOLDER, ignore_errors=True)
+        (request.folder / BASE_FILE).unlink(missing_ok=True)
     make_folder(request.folder)
-    asked = {"trainer": trainer, "base": request.base, "data": [str(path) for path in request.data]}
-    write_bytes(path, json.dumps(asked, indent=2, sort_keys=True).encode(), overwrite=True)
+    write_bytes(path, claim, overwrite=True)

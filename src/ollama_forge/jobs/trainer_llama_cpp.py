@@ -24,7 +24,7 @@ from ollama_forge.jobs.external_program import find_program, has_flag, read_help
 from ollama_forge.jobs.finetune_setup import FinetuneRequest
 from ollama_forge.jobs.landing import LandOptions
 from ollama_forge.jobs.resolve import ResolvedModel
-from ollama_forge.jobs.trainer_job import TrainerJob
+from ollama_forge.jobs.trainer_job import BASE_FILE, TrainerJob
 from ollama_forge.tokenizer.encode import build_tokenizer
 from ollama_forge.train.options import plan_steps, settle
 
@@ -151,7 +151,7 @@ def float32_base(model: ResolvedModel, folder: Path, progress: Progress) -> Path
     source = model.gguf_path
     if source is not None and is_float32(source):
         return source.absolute()
-    output = folder / "base-f32.gguf"
+    output = folder / BASE_FILE
     if output.exists():
         return output
     make_folder(folder)

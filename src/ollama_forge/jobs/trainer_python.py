@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,13 @@ from ollama_forge.jobs.external_program import find_program
 from ollama_forge.jobs.finetune_setup import FinetuneRequest
 from ollama_forge.jobs.landing import LandOptions
 from ollama_forge.jobs.resolve import ResolvedModel
-from ollama_forge.jobs.trainer_job import TrainerJob
-from ollama_forge.train.options import LoopOptions, settle
+from ollama_forge.jobs.trainer_job import BASE_FOLDER, TrainerJob
+from ollama_forge.train.options import LoopOptions, plan_steps, settle
 from ollama_forge.transform.folder import atomic_folder
 from ollama_forge.weights.checkpoint import open_checkpoint
 
 AXOLOTL_FILE = "axolotl.yaml"
 UNSLOTH_FILES = ("train_unsloth.py", "unsloth.json")
-BASE_FOLDER = "base-hf"
 
 
 def plan_axolotl(
@@ -152,7 +152,7 @@ def unsloth_settings(request: FinetuneRequest, prepared: PreparedFile, base: Pat
         "target_modules": list(request.lora.target_modules),
         "resume": request.resume,
         "checkpointing": loop.checkpointing,
-        "loop": _trainer_arguments(loop),
+        "loop": _trainer_arguments(loop, prepared.n_samples),
     }
 
 
@@ -178,15 +178,16 @@ def hf_base(request: FinetuneRequest, base: ResolvedModel, options: LandOptions)
     return folder
 
 
-def _trainer_arguments(loop: LoopOptions) -> dict[str, Any]:
-    """By the names of transformers' TrainingArguments."""
+def _trainer_arguments(loop: LoopOptions, n_samples: int) -> dict[str, Any]:
+    """By the names of transformers' TrainingArguments; warmup as steps, because not all versions take a share."""
+    share = loop.warmup * plan_steps(n_samples, loop) if loop.warmup < 1 else loop.warmup
     return {
         "num_train_epochs": loop.epochs,
         "max_steps": loop.max_steps or -1,
         "learning_rate": loop.learning_rate,
         "per_device_train_batch_size": loop.batch_size,
         "gradient_accumulation_steps": loop.grad_accum,
-        "warmup_steps": loop.warmup if loop.warmup < 1 else int(loop.warmup),
+        "warmup_steps": math.ceil(share),
         "lr_scheduler_type": loop.scheduler,
         "weight_decay": loop.weight_decay,
         "seed": loop.seed,

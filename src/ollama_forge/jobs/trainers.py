@@ -14,20 +14,21 @@ from pathlib import Path
 from ollama_forge.dataset.formats import FORMATS
 from ollama_forge.dataset.prepare import PreparedFile, prepare_files
 from ollama_forge.dataset.read import find_data_files
-from ollama_forge.errors import MissingExtraError, UsageError
+from ollama_forge.errors import ExistsError, MissingExtraError, UsageError
 from ollama_forge.files import hash_file, make_folder, refuse_existing
 from ollama_forge.jobs.external_program import Output, quoted, run_program
 from ollama_forge.jobs.finetune import FinetuneResult, finetune
-from ollama_forge.jobs.finetune_setup import FinetuneRequest, require_free_name, resolve_trainable
+from ollama_forge.jobs.finetune_setup import FinetuneRequest, require_free_name, resolve_trainable, twin_of
 from ollama_forge.jobs.landing import LandOptions
-from ollama_forge.jobs.resolve import ResolvedModel, resolve, resolve_gguf
-from ollama_forge.jobs.trainer_job import TrainerJob, TrainerOptions, TrainerResult, claim_trainer_folder
+from ollama_forge.jobs.resolve import ResolvedModel, resolve
+from ollama_forge.jobs.trainer_job import TrainerJob, TrainerOptions, TrainerResult, check_claim, write_claim
 from ollama_forge.jobs.trainer_landing import finish
 from ollama_forge.jobs.trainer_llama_cpp import Kind, find_finetune, plan_llama_cpp, require_finetune
 from ollama_forge.jobs.trainer_python import plan_axolotl, plan_unsloth
 from ollama_forge.jobs.training_plan import TrainingPlan
 from ollama_forge.train.options import Watch
 from ollama_forge.transform.folder import atomic_folder
+from ollama_forge.weights.adapter_config import CONFIG_NAME
 
 TRAINERS = ("auto", "builtin", "llama.cpp", "axolotl", "unsloth")
 PREPARED_NAME = "train_prepared.txt"
@@ -99,9 +100,8 @@ def _train_builtin(
     watch: Watch | None,
 ) -> FinetuneResult:
     target = trainer.adapter_output
-    if target is not None and not options.dry_run:
-        with atomic_folder(target.absolute(), overwrite=options.overwrite):
-            pass  # refused now, rather than after hours of training
+    if target is not None:
+        _refuse_adapter_folder(target, overwrite=options.overwrite)
     if trainer.prepared_output is not None:
         _prepare(request, _form(trainer), trainer.prepared_output, options)
     result = finetune(replace(request, base_gguf=trainer.base_gguf), options, on_plan=on_plan, watch=watch)
@@ -109,6 +109,19 @@ def _train_builtin(
         with atomic_folder(target.absolute(), overwrite=True) as folder:
             shutil.copytree(result.trained.folder, folder, dirs_exist_ok=True)
     return result
+
+
+def _refuse_adapter_folder(folder: Path, *, overwrite: bool) -> None:
+    """Now, rather than after hours of training."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if overwrite and (folder / CONFIG_NAME).is_file():
+        return
+    raise ExistsError(
+        f"{str(folder)!r} is there already",
+        why="It may hold something that would be lost.",
+        next="Choose another --adapter-output; an old adapter is replaced with --force.",
+    )
 
 
 def _train_outside(
@@ -123,17 +136,20 @@ def _train_outside(
     program = require_finetune() if name == "llama.cpp" else None
     if options.dry_run:
         return _plan_only(name, request, trainer, options)
-    target = resolve_trainable(request.base, request.folder, options)
-    claim_trainer_folder(request, name, overwrite=options.overwrite)
+    if program is None:
+        _refuse_base_gguf(name, trainer)
+    original = resolve(request.base, options.store_path)
+    claim = check_claim(request, name, original, trainer.base_gguf, overwrite=options.overwrite)
     prepared = _prepare(request, _form(trainer), _prepared_path(name, request, trainer), options)
+    write_claim(request, claim)
+    if program is not None or original.folder is None:
+        target = resolve_trainable(request.base, request.folder, options)  # refuses what has adapters already
     if program is not None:
-        source = _training_base(request, trainer, target, options)
+        source = _training_base(trainer, target, options)
         adapter_dir = (trainer.adapter_output or Path(ADAPTER_NAME)).absolute()
         job = plan_llama_cpp(program, request, prepared, source, target, adapter_dir, options)
     else:
-        _refuse_base_gguf(name, trainer)
         adapter_dir = (trainer.adapter_output or request.folder / "adapter").absolute()
-        original = resolve(request.base, options.store_path)
         plan = plan_axolotl if name == "axolotl" else plan_unsloth
         job = plan(request, prepared, original, adapter_dir, options)
     if on_command:
@@ -143,7 +159,7 @@ def _train_outside(
             return TrainerResult(job)
         raise _missing(job, request)
     _run(job, request.folder, output)
-    return finish(job, request, target, options)
+    return finish(job, request, resolve_trainable(request.base, request.folder, options), options)
 
 
 def _run(job: TrainerJob, folder: Path, output: Output) -> None:
@@ -166,12 +182,10 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _training_base(
-    request: FinetuneRequest, trainer: TrainerOptions, target: ResolvedModel, options: LandOptions
-) -> ResolvedModel:
+def _training_base(trainer: TrainerOptions, target: ResolvedModel, options: LandOptions) -> ResolvedModel:
     if trainer.base_gguf is None:
         return target
-    return ResolvedModel(str(trainer.base_gguf), gguf_path=resolve_gguf(str(trainer.base_gguf), options.store_path))
+    return ResolvedModel(str(trainer.base_gguf), gguf_path=twin_of(target, trainer.base_gguf, options))
 
 
 def _plan_only(name: str, request: FinetuneRequest, trainer: TrainerOptions, options: LandOptions) -> TrainerResult:
@@ -221,7 +235,8 @@ def refuse_source(prepared: Path, data: Sequence[Path]) -> None:
     UsageError: the prepared data would replace the data itself.
     """
     for path in data:
-        if prepared.resolve() == path.resolve() or (path.is_dir() and prepared.resolve().parent == path.resolve()):
+        is_inside = path.is_dir() and prepared.resolve().parent == path.resolve() and prepared.suffix == ".jsonl"
+        if is_inside or prepared.resolve() == path.resolve():
             raise UsageError(
                 f"--prepared-output {str(prepared)!r} is among the data",
                 why="It would be read as data the next time, or replace what it is made from.",
