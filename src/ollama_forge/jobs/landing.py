@@ -104,8 +104,12 @@ def land_gguf(
     *,
     adapters: Sequence[Path] = (),
     quantize: QuantizeOptions | None = None,
+    projector: Path | None = None,
 ) -> LandedModel:
     """A GGUF file becomes an Ollama model; a split set is joined, and `quantize` makes it smaller on the way.
+
+    Args:
+        projector: the mmproj of a model that sees or hears; a server does not take it.
 
     Raises:
         NotFoundError, GGUFError: no such file, or not a GGUF.
@@ -114,13 +118,15 @@ def land_gguf(
     """
     validate_writable(parse_name(name))
     if quantize is not None:
-        return _land_planned(lambda: open_quantization(gguf_path, quantize), name, changes, options, adapters)
+        return _land_planned(
+            lambda: open_quantization(gguf_path, quantize), name, changes, options, adapters, projector
+        )
     with open_gguf(gguf_path) as gguf:
         is_split = len(gguf.paths) > 1
         size_bytes = gguf.size_bytes
     if is_split:
-        return _land_planned(lambda: open_joined(gguf_path), name, changes, options, adapters)
-    return _land(gguf_path, name, changes, options, adapters, size_bytes)
+        return _land_planned(lambda: open_joined(gguf_path), name, changes, options, adapters, projector)
+    return _land(gguf_path, name, changes, options, adapters, size_bytes, projector)
 
 
 def import_folder(
@@ -192,7 +198,13 @@ def _land_planned(
 
 
 def _land(
-    model: ModelSource, name: str, changes: Modelfile, options: LandOptions, adapters: Sequence[Path], size_bytes: int
+    model: ModelSource,
+    name: str,
+    changes: Modelfile,
+    options: LandOptions,
+    adapters: Sequence[Path],
+    size_bytes: int,
+    projector: Path | None = None,
 ) -> LandedModel:
     started = time.monotonic()
     if options.server is not None:
@@ -200,7 +212,9 @@ def _land(
         return _send(path, None, name, changes, options, adapters, started)
     store = open_store(options.store_path)
     if options.dry_run:
-        plan = plan_landing(store, name, Ingredients(model, changes, tuple(adapters)), overwrite=options.overwrite)
+        plan = plan_landing(
+            store, name, Ingredients(model, changes, tuple(adapters), projector), overwrite=options.overwrite
+        )
         return LandedModel(
             name=plan.name.display,
             digest=plan.digest,
@@ -213,7 +227,7 @@ def _land(
             seconds=time.monotonic() - started,
             is_dry_run=True,
         )
-    return _result(_run_landing(store, model, name, changes, options, adapters, size_bytes), started)
+    return _result(_run_landing(store, model, name, changes, options, adapters, size_bytes, projector), started)
 
 
 def _run_landing(
