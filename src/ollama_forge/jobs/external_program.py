@@ -26,8 +26,9 @@ HELP_TIMEOUT_SECONDS = 20.0
 END_TIMEOUT_SECONDS = 10.0
 _HELP_BYTES = 1 << 20
 _KEPT_BYTES = 8192
-_LAST_LINES = 8
+_LAST_LINES = 4
 _LAST_LINE_CHARS = 400
+_TELLING = re.compile(r"GGML_ASSERT|error|failed|abort|exception|out of memory|killed|cannot|unable", re.IGNORECASE)
 _ALLOWED_ENVIRONMENT = re.compile(
     r"PATH|HOME|USER|LOGNAME|USERPROFILE|TMPDIR|TEMP|TMP|LANG|LANGUAGE|LC_[A-Z]+|TZ|TERM|NO_COLOR|SYSTEMROOT|WINDIR"
     r"|COMSPEC|APPDATA|LOCALAPPDATA|PROGRAMDATA|XDG_[A-Z]+_HOME|(LD|DYLD)_LIBRARY_PATH|CUDA_[A-Z_]+"
@@ -99,6 +100,7 @@ def program_environment() -> dict[str, str]:
     """The environment that a program gets."""
     environment = {name: value for name, value in os.environ.items() if _ALLOWED_ENVIRONMENT.fullmatch(name.upper())}
     environment["PYTHONUNBUFFERED"] = "1"
+    environment["GGML_NO_BACKTRACE"] = "1"  # an abort of ggml would start a debugger, whose words bury its own
     return environment
 
 
@@ -201,5 +203,8 @@ def _ending(code: int) -> str:
 
 
 def _last_words(said: bytes) -> str:
+    """Lines that tell of trouble, and the last ones."""
     lines = [line.strip() for line in re.split(r"[\r\n]+", said.decode("utf-8", "replace"))]
-    return "\n".join(line[:_LAST_LINE_CHARS] for line in [line for line in lines if line][-_LAST_LINES:])
+    lines = [line[:_LAST_LINE_CHARS] for line in lines if line]
+    telling = [line for line in lines[:-_LAST_LINES] if _TELLING.search(line)]
+    return "\n".join(dict.fromkeys([*telling[-_LAST_LINES:], *lines[-_LAST_LINES:]]))
