@@ -2,7 +2,8 @@
 
     python scripts/make_quantize_goldens.py --llama-quantize build/bin/llama-quantize --release b11549
 
-Run it when llama.cpp changes a mix, and read the difference. The project needs neither this script nor llama.cpp.
+Run it when llama.cpp changes a mix, and read the difference; --types rewrites the lines of some file types only. The
+project needs neither this script nor llama.cpp.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ REFUSED = "refused: "
 
 
 def run_quantize(program: Path, folder: Path, word: str, flags: list[str]) -> str | None:
-    """Quantize source.gguf to out.gguf in `folder`; the reason when the program refuses."""
-    argv = [str(program), *flags, "source.gguf", "out.gguf", word, "2"]
+    """Quantize a source to out.gguf in `folder`; the reason when the program refuses."""
+    source = "calm.gguf" if word in sources.CALM_FILE_TYPES else "source.gguf"
+    argv = [str(program), *flags, source, "out.gguf", word, "2"]
     done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return None
@@ -50,20 +52,33 @@ def golden_lines(
     return lines
 
 
-def write_golden(program: Path, release: str, name: str, folder: Path) -> None:
+def write_golden(program: Path, release: str, name: str, folder: Path, types: list[str]) -> None:
     sources.write_source(folder / "source.gguf", name)
+    sources.write_source(folder / "calm.gguf", name, calm=True)
     sources.write_source_imatrix(folder / sources.IMATRIX_NAME, name)
     flag_sets = {"plain": [], "imatrix": ["--imatrix", sources.IMATRIX_NAME]}
     header = [
         "# Written by scripts/make_quantize_goldens.py; do not edit.",
         f"# llama.cpp {release}: llama-quantize [--imatrix {sources.IMATRIX_NAME}] source.gguf out.gguf TYPE 2",
     ]
-    lines = golden_lines(program, folder, name, flag_sets, sources.SOURCES[name].file_types)
+    words = [word for word in sources.SOURCES[name].file_types if word in types]
+    lines = golden_lines(program, folder, name, flag_sets, words)
     if name in sources.OPTIONS_SOURCES:
-        lines += golden_lines(program, folder, name + " with options", sources.OPTION_SETS, sources.OPTION_FILE_TYPES)
+        words = [word for word in sources.OPTION_FILE_TYPES if word in types]
+        lines += golden_lines(program, folder, name + " with options", sources.OPTION_SETS, words)
     run_quantize(program, folder, "Q4_K_M", flag_sets["imatrix"])
     keys = [f"key {line}" for line in sources.describe_fields(gguf.GGUFReader(folder / "out.gguf"))]
-    (GOLDENS / f"{name}.txt").write_text("\n".join([*header, *lines, "# keys of Q4_K_M imatrix", *keys]) + "\n")
+    target = GOLDENS / f"{name}.txt"
+    content = [*header, *merge_lines(target, lines), "# keys of Q4_K_M imatrix", *keys]
+    target.write_text("\n".join(content) + "\n", encoding="utf-8")
+
+
+def merge_lines(target: Path, lines: list[str]) -> list[str]:
+    """The golden's old lines with those that were made again in their place."""
+    fresh = {tuple(line.split(" ", 2)[:2]): line for line in lines}
+    old = target.read_text(encoding="utf-8").splitlines() if target.exists() else []
+    kept = {tuple(line.split(" ", 2)[:2]): line for line in old if not line.startswith(("#", "key "))}
+    return list((kept | fresh).values())
 
 
 def main() -> None:
@@ -71,11 +86,13 @@ def main() -> None:
     parser.add_argument("--llama-quantize", type=Path, required=True, help="the program of a native llama.cpp build")
     parser.add_argument("--release", required=True, help="its release, for the goldens' header: b11549")
     parser.add_argument("--only", nargs="*", default=list(sources.SOURCES), help="names of sources")
+    parser.add_argument("--types", nargs="*", default=sources.FILE_TYPE_WORDS, help="file types")
     arguments = parser.parse_args()
     GOLDENS.mkdir(parents=True, exist_ok=True)
     for name in arguments.only:
         with tempfile.TemporaryDirectory() as folder:
-            write_golden(arguments.llama_quantize.resolve(), arguments.release, name, Path(folder))
+            program = arguments.llama_quantize.resolve()
+            write_golden(program, arguments.release, name, Path(folder), arguments.types)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from ollama_forge.gguf.types import FileType, GGMLType, is_quantized
 
 N_ROWS = 4
 IMATRIX_NAME = "imatrix.gguf"
+CALM_FILE_TYPES = frozenset({"IQ1_M"})
+"""Made from calm F32 weights, on which builds of ggml agree. Where two of 16 weights are equal, or one rules them all,
+IQ1_M has codes that are equally good and the compiler decides: two builds differed in up to 5 of 1000 blocks."""
 FILE_TYPES = [
     "F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q5_K_S Q5_0 Q5_1 Q4_K_M Q4_K_S Q4_0 Q4_1 Q3_K_L Q3_K_M Q3_K_S Q2_K Q2_K_S",
     "IQ4_NL IQ4_XS IQ3_M IQ3_S IQ3_XS IQ3_XXS IQ2_M IQ2_S IQ2_XS IQ2_XXS IQ1_M IQ1_S TQ2_0 TQ1_0",
@@ -180,16 +183,19 @@ SOURCES: dict[str, Source] = {
 }
 
 
-def weights(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Bell-shaped float32 values; where there are rows enough, one has a stretch of zeros and one is small but for one.
+def weights(name: str, shape: tuple[int, ...], seed: int, *, calm: bool = False) -> np.ndarray:
+    """Bell-shaped float32 values: one row with a stretch of zeros, one tiny but for an outlier.
 
-    No stretch is constant: IQ1_M has two codes of equal worth for it, and which one wins depends on ggml's compiler.
+    `calm`: no such rows, and finer steps, so that hardly two values are equal.
     """
     n_values = int(np.prod(shape))
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}:{name}{':calm' * calm}".encode()).digest()
     raw = np.random.PCG64(int.from_bytes(digest[:8], "little")).random_raw(n_values)
     quarters = raw.astype("<u8").view("<u2").reshape(n_values, 4).astype(np.int64)
-    values = ((quarters.sum(axis=1) - 2 * 65535) / 2**17).astype(np.float32).reshape(shape)
+    sums = quarters.sum(axis=1) - 2 * 65535
+    if calm:
+        return ((sums * 32 + quarters[:, 0] % 32) / 2**22).astype(np.float32).reshape(shape)
+    values = (sums / 2**17).astype(np.float32).reshape(shape)
     if len(shape) > 1 and shape[-2] >= 4:
         values[..., 1, :32] = 0
         values[..., 2, :] *= np.float32(2**-10)
@@ -206,9 +212,11 @@ def encode(values: np.ndarray, encoding: GGMLType) -> np.ndarray:
     return (values.view(np.uint32) >> 16).astype("<u2").view(np.uint8)
 
 
-def write_source(path: Path, name: str, change: Callable[[str, np.ndarray], np.ndarray] | None = None) -> Path:
-    """Write the source called `name`; `change(tensor name, values)` may spoil a tensor."""
-    source = SOURCES[name]
+def write_source(
+    path: Path, name: str, change: Callable[[str, np.ndarray], np.ndarray] | None = None, *, calm: bool = False
+) -> Path:
+    """Write the source called `name`; `change(tensor name, values)` may spoil a tensor; `calm` weights are F32."""
+    source = replace(SOURCES[name], encoding=GGMLType.F32) if calm else SOURCES[name]
     writer = gguf.GGUFWriter(path, source.architecture)
     writer.add_name(name)
     writer.add_context_length(128)
@@ -226,7 +234,7 @@ def write_source(path: Path, name: str, change: Callable[[str, np.ndarray], np.n
     writer.add_array("forge.words", ["one", "zwei", "trois"])
     writer.add_array("forge.numbers", [1, -2, 3])
     for seed, (tensor, shape) in enumerate(source.shapes().items()):
-        values = weights(tensor, shape, seed)
+        values = weights(tensor, shape, seed, calm=calm)
         if change is not None:
             values = change(tensor, values)
         encoding = source.encoding if len(shape) > 1 and "ffn_gate_inp" not in tensor else GGMLType.F32

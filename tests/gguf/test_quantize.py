@@ -53,10 +53,12 @@ def quantize_file(source: Path, target: Path, options: QuantizeOptions) -> Quant
 
 
 def check_golden(name: str, folder: Path, *, lowest: bool) -> None:
-    source = sources.write_source(folder / "source.gguf", name)
+    lively = sources.write_source(folder / "source.gguf", name)
+    calm = sources.write_source(folder / "calm.gguf", name, calm=True)
     imatrix = read_imatrix(sources.write_source_imatrix(folder / sources.IMATRIX_NAME, name))
     wrong = []
     for word, label, golden in golden_lines(name, lowest):
+        source = calm if word in sources.CALM_FILE_TYPES else lively
         given = imatrix if label == "imatrix" else None
         options = QuantizeOptions(sources.file_type(word), given, n_threads=2, **OPTION_SETS.get(label, {}))
         if golden.startswith("refused: this quantization requires an imatrix"):
