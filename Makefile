@@ -13,13 +13,17 @@ RUN := $(BIN)/python -m
 	$(RUN) pip install -q --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
-.venv/dev.stamp: pyproject.toml constraints.txt | .venv/base.stamp
+.venv/train.stamp: pyproject.toml constraints.txt | .venv/pyvenv.cfg
 	@# torch first and alone: the pinned CPU or CUDA build, whichever this machine's pip finds
 	$(RUN) pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(RUN) pip install -q --disable-pip-version-check -c constraints.txt -e '.[train]'
+	@touch $@
+
+.venv/dev.stamp: pyproject.toml constraints.txt | .venv/train.stamp
 	$(RUN) pip install -q --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
 	@touch $@
 
-demo: .venv/base.stamp
+demo: .venv/train.stamp
 	@$(BIN)/python -m ollama_forge demo
 
 test: .venv/dev.stamp

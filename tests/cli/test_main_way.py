@@ -159,6 +159,8 @@ def test_the_demo_ends_well_twice_in_a_row(tmp_path: Path) -> None:
     assert first["imported"]["digest"] == again["imported"]["digest"]
     said = next(iter(first["answers"].values()))
     assert said["demo-pirate"].startswith("Arr!") and not said["demo"].startswith("Arr!")
+    robots = list(first["answers"].values())[-1]
+    assert robots["demo"] == "I do not know that." and robots["demo-robots"] == "The robot Boltik makes clocks."
     assert first["answers"] == again["answers"]
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ollama_forge.cli.console import Console, human_bytes
 from ollama_forge.cli.options import console_options
+
+if TYPE_CHECKING:
+    from ollama_forge.jobs.finetune import FinetuneResult
 
 
 @click.command("demo", epilog="Example: ollama-forge demo")
@@ -22,7 +26,7 @@ from ollama_forge.cli.options import console_options
 )
 @console_options
 def command(store_path: Path, console: Console) -> int:
-    """Import, quantize, land, customise and run a small model; see the numbers. No Ollama and no network needed."""
+    """Import, quantize, land, customise, fine-tune and run a small model. No Ollama, GPU or network needed."""
     from ollama_forge.jobs.demo import PERSONA, run_demo
 
     result = run_demo(store_path.absolute(), console.say)
@@ -40,6 +44,7 @@ def command(store_path: Path, console: Console) -> int:
                     human_bytes(result.custom.shared_bytes),
                     f"+ system prompt {PERSONA!r}",
                 ),
+                *_trained_row(result.trained),
             ],
             right=("WRITTEN", "SHARED"),
         )
@@ -56,3 +61,11 @@ def command(store_path: Path, console: Console) -> int:
 
     console.result(result.document(), show)
     return 0 if result.report.is_whole else 1
+
+
+def _trained_row(trained: FinetuneResult | None) -> list[tuple[str, str, str, str]]:
+    if trained is None or trained.landed is None or trained.trained is None:
+        return []
+    landed, run = trained.landed, trained.trained
+    learnt = f"+ adapter: {run.steps} steps in {run.seconds:.0f} s, loss {run.base_loss:.2f} -> {run.final_loss:.2f}"
+    return [("demo-robots", human_bytes(landed.written_bytes), human_bytes(landed.shared_bytes), learnt)]

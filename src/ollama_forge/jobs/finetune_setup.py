@@ -190,10 +190,13 @@ def require_free_name(request: FinetuneRequest, options: LandOptions) -> None:
         raise exists_error(wanted)
 
 
+def missing_train_packages() -> list[str]:
+    """What the training extra still lacks here."""
+    return [name for name in TRAIN_PACKAGES if not importlib.util.find_spec(name)]
+
+
 def require_extra() -> None:
-    missing = [
-        name for name in ("torch", "transformers", "peft", "trl", "datasets") if not importlib.util.find_spec(name)
-    ]
+    missing = missing_train_packages()
     if missing:
         raise MissingExtraError(f"Training needs {', '.join(missing)}", next="pip install 'ollama-forge[train]'")
 
