@@ -240,6 +240,10 @@ def _plain_text(chat_format: ChatFormat, example: Example, notes: Counter[str]) 
     return text, answers, len(example.turns)
 
 
+ALPACA_GO_TEMPLATE = "### Instruction:\n{{ .Prompt }}\n\n### Input:\n{{ if .System }}{{ .System }}{{ else }}(none){{ end }}\n\n### Response:\n"
+"""The Ollama template that sends what `render_example` trains a model without a chat template on."""
+
+
 def _alpaca_prompt(turn: Turn, guide: str) -> str:
     material = "\n\n".join(part for part in (guide, turn.material) if part)
     return f"### Instruction:\n{turn.content}\n\n### Input:\n{material or '(none)'}\n\n### Response:\n"

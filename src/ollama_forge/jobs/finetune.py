@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ollama_forge.dataset.examples import Example
+from ollama_forge.dataset.render import ALPACA_GO_TEMPLATE
 from ollama_forge.engine import GREEDY, open_engine
 from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.jobs.adapters import prepare_adapter
@@ -126,6 +127,7 @@ def _train_and_land(
         warnings.append(
             f"All {len(answers)} answers are the same as before training: train longer, or raise the learning rate."
         )
+    request = replace(request, changes=matching_template(request.changes, prepared))
     landed = None if request.skip_landing else land_adapter(request, options, prepared.model, adapter_gguf)
     undo = _undo(request, landed)
     report = write_report(
@@ -138,6 +140,15 @@ def _train_and_land(
         undo,
     )
     return FinetuneResult(prepared.plan, trained, adapter_gguf, landed, answers, report, undo, tuple(warnings))
+
+
+def matching_template(changes: Modelfile, prepared: PreparedRun) -> Modelfile:
+    """A model without a chat template learns Alpaca blocks; Ollama must then send the same blocks."""
+    is_chat = any(not example.is_plain for example in prepared.examples)
+    has_template = prepared.chat_format.template is not None or prepared.model.modelfile.template is not None
+    if has_template or changes.template is not None or not is_chat:
+        return changes
+    return replace(changes, template=ALPACA_GO_TEMPLATE)
 
 
 def ask_all(
