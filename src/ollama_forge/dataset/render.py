@@ -240,7 +240,11 @@ def _plain_text(chat_format: ChatFormat, example: Example, notes: Counter[str]) 
     return text, answers, len(example.turns)
 
 
-ALPACA_GO_TEMPLATE = "### Instruction:\n{{ .Prompt }}\n\n### Input:\n{{ if .System }}{{ .System }}{{ else }}(none){{ end }}\n\n### Response:\n"
+ALPACA_GO_TEMPLATE = (
+    "### Instruction:\n{{ .Prompt }}\n\n"
+    + "### Input:\n{{ if .System }}{{ .System }}{{ else }}(none){{ end }}\n\n"
+    + "### Response:\n"
+)
 """The Ollama template that sends what `render_example` trains a model without a chat template on."""
 
 

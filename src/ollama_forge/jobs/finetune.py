@@ -28,6 +28,7 @@ from ollama_forge.jobs.landing import LandedModel, LandOptions, land_gguf, land_
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, merge_and_land
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.jobs.training_plan import TrainingPlan
+from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.train.options import IMPORTANCE_FILE, TrainedAdapter, Watch
 
 if TYPE_CHECKING:
