@@ -313,7 +313,7 @@ def test_only_what_a_model_needs_is_chosen(hub: LoopbackHub) -> None:
     )
     assert {file.path for file in choose_model_files(list_repo("org/model"))} == {
         *("config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja", "LICENSE", "merges.txt"),
-        "model.safetensors",
+        *("model.safetensors", "README.md"),
     }
 
 

@@ -19,8 +19,10 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "check": ("check", "What is here: engine, store, server, extras, disk; and the next step for each."),
     },
     "get": {
-        "import": ("import_model", "A Hugging Face folder becomes a quantized model in Ollama, in one pass."),
+        "fetch": ("fetch", "A GGUF of the Hugging Face Hub becomes a model in Ollama: the best that fits, verified."),
+        "import": ("import_model", "A Hugging Face folder or repo becomes a quantized model in Ollama, in one pass."),
         "convert": ("convert", "A Hugging Face folder becomes a GGUF file; or a GGUF file becomes an Ollama model."),
+        "fetch-adapter": ("fetch_adapter", "A LoRA of the Hugging Face Hub, on a base of yours, in Ollama."),
         "adapters": ("adapters", "Does a LoRA fit a model (check), and what is it in the other format (convert)?"),
     },
     "make": {
@@ -51,6 +53,9 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "run": ("run", "Ask a model once, or chat with it in the terminal; no server needed."),
         "verify": ("verify", "Re-hash blobs, check manifests, list orphans and what is missing."),
         "export": ("export", "Take a model out of Ollama's store: a GGUF file, or a folder for transformers."),
+    },
+    "keep": {
+        "registry": ("registry", "Every model known by what it is, where it came from, and what it is for."),
     },
 }
 """Group -> command -> (module under `ollama_forge.cli`, one line of help)."""

@@ -1,7 +1,8 @@
-"""`import`: a Hugging Face folder becomes a landed Ollama model in one pass."""
+"""`import`: a Hugging Face folder or repo becomes a landed Ollama model in one pass."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,15 +15,21 @@ from ollama_forge.cli.options import (
     modelfile_options,
     threads_option,
 )
+from ollama_forge.errors import UsageError
 
 if TYPE_CHECKING:
     from ollama_forge.jobs.landing import LandOptions
     from ollama_forge.store.modelfile import Modelfile
 
 
-@click.command("import", epilog="Example: ollama-forge import ./my-model --name my-model --quant Q4_K_M")
+@click.command(
+    "import",
+    epilog="Examples: ollama-forge import Qwen/Qwen3-0.6B --name qwen-small"
+    "   |   ollama-forge import ./my-model --name my-model --quant Q4_K_M",
+)
 @click.argument("source")
 @click.option("--name", required=True, help="The Ollama model to make.")
+@click.option("--revision", metavar="REV", help="Of a repo: a branch, a tag or a commit (default: main).")
 @click.option(
     "--quant", default="Q4_K_M", show_default=True, metavar="TYPE", help="Quantization; 'none' keeps 16 bits."
 )
@@ -34,6 +41,7 @@ if TYPE_CHECKING:
 def command(
     source: str,
     name: str,
+    revision: str | None,
     quant: str,
     outtype: str,
     imatrix: Path | None,
@@ -42,17 +50,39 @@ def command(
     options: LandOptions,
     console: Console,
 ) -> None:
-    """Convert, quantize and land SOURCE (a Hugging Face folder) in one pass, without a 16-bit file in between."""
+    """Convert, quantize and land SOURCE in one pass, without a 16-bit file in between.
+
+    SOURCE is a Hugging Face folder, or a repo of the Hub (org/name, hf:org/name@revision), which is downloaded into the
+    Hugging Face cache first.
+    """
     from ollama_forge.jobs.conversion import convert_options, quantize_options
     from ollama_forge.jobs.landing import import_folder
     from ollama_forge.jobs.resolve import resolve_folder
 
     quantize = None if quant.lower() == "none" else quantize_options(quant, imatrix=imatrix, n_threads=n_threads)
-    landed = import_folder(
-        resolve_folder(source),
-        name,
-        changes,
-        options,
-        convert_options(outtype, quantize, n_threads=n_threads),
-    )
+    conversion = convert_options(outtype, quantize, n_threads=n_threads)
+    if is_repo(source):
+        from ollama_forge.cli.hub_report import report_hub_landing
+        from ollama_forge.jobs.hub import import_repo
+        from ollama_forge.source.hub_files import parse_repo
+
+        named = parse_repo(source)
+        if revision:
+            named = replace(named, revision=revision)
+        report_hub_landing(console, import_repo(named, name, changes, options, conversion))
+        return
+    if revision:
+        raise UsageError(
+            f"--revision is for repos of the Hub, and {source!r} is a folder",
+            next=f"Leave it out, or name the repo: ollama-forge import org/name --revision {revision} --name {name}",
+        )
+    landed = import_folder(resolve_folder(source), name, changes, options, conversion)
     report_landed(console, landed)
+
+
+def is_repo(source: str) -> bool:
+    """Whether a SOURCE is meant as a repo of the Hub: what lies on this disk is not."""
+    from ollama_forge.source.hub_files import looks_like_repo
+    from ollama_forge.source.ref import looks_like_path
+
+    return not looks_like_path(source) and not Path(source).exists() and looks_like_repo(source)

@@ -27,7 +27,11 @@ def console_options(function: Command) -> Command:
     @click.option("-q", "--quiet", is_flag=True, help="Only the result and warnings.")
     @functools.wraps(function)
     def wrapper(*args: Any, as_json: bool, quiet: bool, **kwargs: Any) -> Any:
-        return function(*args, console=Console(as_json=as_json, is_quiet=quiet), **kwargs)
+        from ollama_forge.source.hub import watched_by
+
+        console = Console(as_json=as_json, is_quiet=quiet)
+        with watched_by(console.progress):
+            return function(*args, console=console, **kwargs)
 
     return wrapper
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ollama_forge.errors import NotFoundError, StoreError, UnsafeFileError, UnsupportedError, UsageError
+from ollama_forge.jobs.hub_local import fetch_model_path
+from ollama_forge.source.hub_files import parse_repo
 from ollama_forge.source.ref import ModelRef, RefKind, parse_ref
 from ollama_forge.store.catalog import open_store
 from ollama_forge.store.installed import InstalledModel
@@ -39,20 +41,19 @@ class ResolvedModel:
 
 
 def resolve(text: str, store_path: Path | None = None) -> ResolvedModel:
-    """Find the model that `text` names.
+    """Find the model that `text` names; one of the Hub is downloaded into the Hugging Face cache first.
 
     Raises:
         NotFoundError: nothing of that name or path is here.
         UnsafeFileError: a pickle file.
-        UnsupportedError: a Hugging Face repo that is not on this disk.
+        UnsupportedError: a model that runs in Ollama's cloud.
+        HubError, DiskError: as `source.hub`.
         UsageError: the text means nothing.
     """
     ref = parse_ref(text)
     if ref.kind is RefKind.HUB:
-        raise UnsupportedError(
-            f"{text!r} is on the Hugging Face Hub, not on this disk",
-            next=f"Download it first, then name the folder: hf download {ref.repo} --local-dir ./model",
-        )
+        path = fetch_model_path(parse_repo(text))
+        return ResolvedModel(text, folder=path) if path.is_dir() else ResolvedModel(text, gguf_path=path)
     if ref.kind is RefKind.PATH:
         return _resolve_path(ref)
     try:
@@ -87,7 +88,7 @@ def resolve_folder(text: str) -> Path:
     ref = parse_ref(text)
     path = ref.path if ref.kind is RefKind.PATH else Path(text)
     if ref.kind is RefKind.HUB:
-        resolve(text)
+        path = fetch_model_path(parse_repo(text))
     assert path is not None
     if path.is_file() and path.suffix.lower() == ".gguf":
         raise UsageError(

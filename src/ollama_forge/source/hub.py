@@ -10,10 +10,12 @@ into `blobs/HASH.incomplete`, continued by Range requests, renamed once their ha
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 DEFAULT_REVISION = "main"
 DEFAULT_ENDPOINT = "https://huggingface.co"
 _WAITS_SECONDS = (0.2, 1.0)
+_watcher: ContextVar[Progress] = ContextVar("hub_progress", default=no_progress)
 _Answer = TypeVar("_Answer")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -114,11 +117,11 @@ def fetch_files(
     files: Sequence[HubFile],
     *,
     cache: Path | None = None,
-    progress: Progress = no_progress,
+    progress: Progress | None = None,
 ) -> Fetched:
     """Bring files of a listed repo into the cache: what is missing is downloaded, everything is verified by its hash.
 
-    A download that was cut continues where it ended. One bar for all files.
+    A download that was cut continues where it ended. One bar for all files: `progress`, or that of `watched_by`.
 
     Raises:
         HubError: refused, out of reach, or not what the listing promised (a commit's files never change).
@@ -127,7 +130,7 @@ def fetch_files(
     folder = repo_folder(cache or find_hub_cache(), listing.repo)
     plan = plan_download(listing, files, folder)
     total = sum(file.size_bytes for file in files)
-    with progress(f"Getting {listing.repo}", total) as advance:
+    with (progress or _watcher.get())(f"Getting {listing.repo}", total) as advance:
         downloaded = run_download(plan, hub_endpoint(), advance)
     snapshot = folder / "snapshots" / listing.commit
     if not listing.is_offline:
@@ -135,6 +138,17 @@ def fetch_files(
             place_in_snapshot(folder, listing.commit, file)
         write_ref(folder, listing.revision, listing.commit)
     return Fetched(listing, snapshot, tuple(files), downloaded)
+
+
+@contextlib.contextmanager
+def watched_by(progress: Progress) -> Iterator[None]:
+    """Whatever is downloaded inside the block shows its bar there: a model argument may lie on the Hub, and nobody
+    between the command and the download has to know."""
+    token = _watcher.set(progress)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 def missing_bytes(listing: RepoListing, files: Iterable[HubFile], *, cache: Path | None = None) -> int:

@@ -21,6 +21,7 @@ _WEIGHTS = ".safetensors"
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 _VOCABULARIES = ("merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+_CARD = "readme.md"
 _LICENCES = ("license", "licence", "notice", "use_policy", "usage_policy")
 _HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 _URL_KINDS = ("resolve", "blob", "tree", "raw")
@@ -174,7 +175,8 @@ def validate_path(path: str) -> None:
 
 
 def choose_model_files(listing: RepoListing) -> tuple[HubFile, ...]:
-    """The files of a whole model: weights as safetensors once, configuration, tokenizer, templates, licence.
+    """The files of a whole model: weights as safetensors once, configuration, tokenizer, templates, licence, and the
+    model card, whose head says what the model was made from.
 
     Raises:
         NotFoundError: no config.json, or no weights.
@@ -302,5 +304,5 @@ def _is_needed(file: HubFile) -> bool:
         return False
     if "/" in path:
         return path.endswith(".jinja")
-    is_named = path.endswith((".json", ".jinja")) or path.startswith("tokenizer") or path in _VOCABULARIES
+    is_named = path.endswith((".json", ".jinja")) or path.startswith("tokenizer") or path in (*_VOCABULARIES, _CARD)
     return (is_named and path != ADAPTER_CONFIG and not path.endswith(".bin.index.json")) or _is_licence(file)

@@ -1,0 +1,302 @@
+"""Models from a Hub on the loopback into Ollama's store, through the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+from command import DEMO_MODEL, forge, forge_json
+from hub_fixtures import hub as hub
+from loopback_hub import Cut, LoopbackHub, Status, sha256
+
+from ollama_forge.jobs.environment import total_memory_bytes
+
+FOLDER = {path.name: path.read_bytes() for path in DEMO_MODEL.iterdir() if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def ggufs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The demo model in three quantizations, as a GGUF repo holds them, with the things that are no models."""
+    folder = tmp_path_factory.mktemp("ggufs")
+    files = {"README.md": b"# A model", "imatrix.gguf": b"GGUF not a model", "config.json": b"{}"}
+    for quant in ("Q8_0", "Q4_K_M", "Q2_K"):
+        forge_json("convert", DEMO_MODEL, "-o", folder / f"{quant}.gguf", "--quant", quant)
+        files[f"Demo-{quant}.gguf"] = (folder / f"{quant}.gguf").read_bytes()
+    return files
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "models"
+
+
+def test_the_best_that_fits_is_fetched_checked_and_shares_the_cache_s_bytes(
+    hub: LoopbackHub, ggufs: dict[str, bytes], store: Path, tmp_path: Path
+) -> None:
+    commit = hub.add("org/Demo-GGUF", ggufs, tags=("license:mit",))
+    done = forge_json("fetch", "org/Demo-GGUF", "--store", store)
+    assert done["name"] == "demo:latest" and done["check"]["loaded"] and done["check"]["stopped"]
+    assert (done["quant"], done["files"], done["commit"]) == ("Q8_0", ["Demo-Q8_0.gguf"], commit)
+    assert "the best of 3 that fits" in done["why"] and done["licence"] == "mit"
+    assert done["downloaded_bytes"] == len(ggufs["Demo-Q8_0.gguf"])
+    digest = sha256(ggufs["Demo-Q8_0.gguf"])
+    blob = store / "blobs" / f"sha256-{digest}"
+    assert blob.samefile(tmp_path / "hf/hub/models--org--Demo-GGUF/blobs" / digest) and not blob.is_symlink()
+    assert [request.route for request in hub.requests if "/cdn/" in request.route] == [
+        f"GET /cdn/org/Demo-GGUF/{commit}/Demo-Q8_0.gguf"
+    ]
+
+
+def test_people_are_told_what_is_taken_and_why(hub: LoopbackHub, ggufs: dict[str, bytes], store: Path) -> None:
+    hub.add("org/Demo-GGUF", ggufs)
+    ended = forge("fetch", "org/Demo-GGUF", "--name", "mine", "--store", store)
+    assert ended.code == 0
+    assert "Demo-Q8_0.gguf: the best of 3 that fits" in ended.err and "others: Q2_K, Q4_K_M (--quant)" in ended.err
+    assert "ollama run mine:latest" in ended.err
+
+
+def test_a_small_machine_gets_a_smaller_file(
+    hub: LoopbackHub, ggufs: dict[str, bytes], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("org/Demo-GGUF", ggufs)
+    memory = int((len(ggufs["Demo-Q4_K_M.gguf"]) * 1.1 + 600_000_000) / 0.7) + 2
+    assert total_memory_bytes() != memory
+    monkeypatch.setattr("ollama_forge.jobs.hub_local.total_memory_bytes", lambda: memory)
+    assert forge_json("fetch", "org/Demo-GGUF", "--store", store, "--dry-run")["quant"] == "Q4_K_M"
+
+
+def test_a_quantization_is_taken_exactly_or_those_that_exist_are_listed(
+    hub: LoopbackHub, ggufs: dict[str, bytes], store: Path
+) -> None:
+    hub.add("org/Demo-GGUF", ggufs)
+    done = forge_json("fetch", "hf.co/org/Demo-GGUF:q2_k", "--name", "small", "--store", store, "--system", "Be brief.")
+    assert done["quant"] == "Q2_K" and done["why"] == ""
+    assert forge_json("show", "small", "--store", store)["system"] == "Be brief."
+    ended = forge("fetch", "org/Demo-GGUF", "--quant", "Q5_K_M", "--store", store, "--json")
+    assert ended.code == 1 and ended.document["error"]["kind"] == "not_found"
+    assert ended.document["error"]["why"] == "It has Q8_0, Q4_K_M, Q2_K."
+    named = forge_json("fetch", "org/Demo-GGUF", "--gguf-file", "Demo-Q2_K.gguf", "--name", "same", "--store", store)
+    assert named["downloaded_bytes"] == 0
+    both = forge("fetch", "org/Demo-GGUF", "--gguf-file", "a.gguf", "--quant", "Q2_K", "--store", store)
+    assert both.code == 2
+
+
+def test_a_split_model_is_joined_when_it_lands(
+    hub: LoopbackHub, store: Path, tmp_path: Path, ggufs: dict[str, bytes]
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    parts = split_gguf(gguf, tmp_path / "whole.gguf", ggufs["Demo-Q8_0.gguf"], tmp_path)
+    hub.add("org/Demo-GGUF", {f"Q8_0/{path.name}": path.read_bytes() for path in parts})
+    done = forge_json("fetch", "org/Demo-GGUF", "--quant", "Q8_0", "--name", "joined", "--store", store)
+    assert len(done["files"]) == 2 and done["check"]["template"] == "equal"
+    (row,) = forge_json("list", "--store", store)
+    assert row["quantization"] == "Q8_0"
+
+
+def split_gguf(gguf: object, whole: Path, content: bytes, folder: Path) -> list[Path]:
+    """Two parts, as llama-gguf-split writes them, through llama.cpp's own writer."""
+    whole.write_bytes(content)
+    reader = gguf.GGUFReader(whole)  # type: ignore[attr-defined]
+    architecture = reader.fields["general.architecture"].contents()
+    paths = [folder / f"Demo-Q8_0-{number:05d}-of-00002.gguf" for number in (1, 2)]
+    half = len(reader.tensors) // 2
+    for number, (path, tensors) in enumerate(zip(paths, (reader.tensors[:half], reader.tensors[half:]), strict=True)):
+        writer = gguf.GGUFWriter(path, architecture)  # type: ignore[attr-defined]
+        if number == 0:
+            for key, field in reader.fields.items():
+                if not key.startswith("GGUF.") and key != "general.architecture":
+                    sub = field.types[1] if len(field.types) > 1 else None
+                    writer.add_key_value(key, field.contents(), field.types[0], sub)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", 2)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for tensor in tensors:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return paths
+
+
+def test_a_dry_run_says_what_would_come_and_changes_nothing(
+    hub: LoopbackHub, ggufs: dict[str, bytes], store: Path, tmp_path: Path
+) -> None:
+    hub.add("org/Demo-GGUF", ggufs)
+    hub.add("org/demo", FOLDER)
+    size = len(ggufs["Demo-Q4_K_M.gguf"])
+    done = forge_json("fetch", "org/Demo-GGUF", "--quant", "Q4_K_M", "--store", store, "--dry-run")
+    assert (done["dry_run"], done["downloaded_bytes"], done["written_bytes"]) == (True, size, size)
+    assert forge_json("import", "org/demo", "--name", "d", "--store", store, "--dry-run")["downloaded_bytes"] > 1e6
+    assert not store.exists() and not (tmp_path / "hf/hub").exists() and hub.count("GET /cdn/") == 0
+
+
+def test_a_taken_name_is_said_before_anything_is_downloaded(
+    hub: LoopbackHub, ggufs: dict[str, bytes], store: Path
+) -> None:
+    hub.add("org/Demo-GGUF", ggufs)
+    forge_json("fetch", "org/Demo-GGUF", "--quant", "Q2_K", "--name", "mine", "--store", store)
+    before = hub.count("GET /cdn/")
+    ended = forge("fetch", "org/Demo-GGUF", "--quant", "Q8_0", "--name", "mine", "--store", store, "--json")
+    assert ended.document["error"]["kind"] == "exists" and hub.count("GET /cdn/") == before
+    again = forge_json("fetch", "org/Demo-GGUF", "--quant", "Q2_K", "--name", "mine", "--store", store)
+    assert again["downloaded_bytes"] == 0
+    forced = forge_json("fetch", "org/Demo-GGUF", "--quant", "Q8_0", "--name", "mine", "--store", store, "--force")
+    assert forced["replaced"]
+
+
+def test_a_cut_fetch_is_finished_by_the_same_command(
+    hub: LoopbackHub, ggufs: dict[str, bytes], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ollama_forge.source.hub_download._WAITS_SECONDS", (0.0,))
+    hub.add("org/Demo-GGUF", ggufs)
+    hub.fail("GET /cdn/", Cut(500_000), Cut(0), Cut(0))
+    ended = forge("fetch", "org/Demo-GGUF", "--quant", "Q8_0", "--store", store, "--json")
+    assert ended.code == 1 and ended.document["error"]["kind"] == "hub" and not (store / "manifests").exists()
+    done = forge_json("fetch", "org/Demo-GGUF", "--quant", "Q8_0", "--store", store)
+    assert done["downloaded_bytes"] == len(ggufs["Demo-Q8_0.gguf"]) - 500_000
+
+
+def test_a_repo_is_imported_without_its_code_and_pickles_and_equals_its_folder(
+    hub: LoopbackHub, store: Path, tmp_path: Path
+) -> None:
+    extra = {"modeling_demo.py": b"raise SystemExit", "pytorch_model.bin": b"\x80\x04pickle", "demo.gguf": b"GGUF"}
+    commit = hub.add("org/demo", {**FOLDER, **extra})
+    done = forge_json("import", "org/demo", "--name", "from-hub", "--quant", "Q4_K_M", "--store", store)
+    assert done["commit"] == commit and done["check"]["template"] == "equal"
+    assert set(done["files"]) == set(FOLDER)
+    here = {path.name for path in (tmp_path / "hf/hub/models--org--demo/snapshots" / commit).iterdir()}
+    assert here == set(done["files"])
+    folder = tmp_path / "models--org--demo" / "snapshots" / commit
+    folder.mkdir(parents=True)
+    for name in done["files"]:
+        (folder / name).write_bytes(FOLDER[name])
+    twin = forge_json("import", folder, "--name", "from-folder", "--quant", "Q4_K_M", "--store", store)
+    rows = {row["name"]: row for row in forge_json("list", "--store", store)}
+    assert twin["types"] == done["types"]
+    assert rows["from-hub:latest"]["blob"] == rows["from-folder:latest"]["blob"]
+
+
+def test_a_revision_is_imported_when_it_is_named(hub: LoopbackHub, store: Path) -> None:
+    old = hub.add("org/demo", FOLDER, ref="v1")
+    hub.add("org/demo", {"README.md": b"emptied"})
+    assert forge("import", "org/demo", "--name", "m", "--store", store).code == 1
+    assert forge_json("import", "org/demo", "--revision", "v1", "--name", "m", "--store", store)["commit"] == old
+    ended = forge("import", DEMO_MODEL, "--revision", "v1", "--name", "m", "--store", store)
+    assert ended.code == 2 and "is a folder" in ended.err
+    missing = forge("import", "hf:org/demo@v7", "--name", "m", "--store", store, "--json")
+    assert "no revision 'v7'" in missing.document["error"]["what"]
+
+
+def test_a_folder_of_that_name_is_meant_before_a_repo(
+    hub: LoopbackHub, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org" / "demo").symlink_to(DEMO_MODEL)
+    monkeypatch.chdir(tmp_path)
+    assert "commit" not in forge_json("import", "org/demo", "--name", "m", "--store", store)
+    assert hub.requests == []
+
+
+def test_a_model_argument_may_lie_on_the_hub(
+    hub: LoopbackHub, ggufs: dict[str, bytes], store: Path, tmp_path: Path
+) -> None:
+    hub.add("org/Demo-GGUF", ggufs)
+    hub.add("org/demo", FOLDER)
+    assert forge_json("show", "hf:org/Demo-GGUF:Q2_K", "--store", store)["quantization"] == "Q2_K"
+    assert forge_json("show", "hf:org/Demo-GGUF:Demo-Q8_0.gguf", "--store", store)["quantization"] == "Q8_0"
+    written = forge_json("convert", "hf:org/demo", "-o", tmp_path / "m.gguf", "--quant", "Q8_0")
+    assert written["sha256"] == sha256(ggufs["Demo-Q8_0.gguf"]) or written["bytes"] > 1_000_000
+    made = forge_json("create-from-base", "--base", "hf:org/Demo-GGUF:Q8_0", "--name", "made", "--store", store)
+    assert made["name"] == "made:latest"
+    (row,) = forge_json("list", "--store", store)
+    assert not Path(row["blob"]).is_symlink() and Path(row["blob"]).read_bytes() == ggufs["Demo-Q8_0.gguf"]
+
+
+def test_offline_the_cache_is_used_and_said(
+    hub: LoopbackHub, ggufs: dict[str, bytes], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("org/Demo-GGUF", ggufs)
+    forge_json("fetch", "org/Demo-GGUF", "--quant", "Q4_K_M", "--store", store)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    before = len(hub.requests)
+    ended = forge("fetch", "org/Demo-GGUF", "--quant", "Q4_K_M", "--name", "again", "--store", store, "--json")
+    assert ended.document["offline"] and "The cache's own org/Demo-GGUF" in ended.err and len(hub.requests) == before
+    absent = forge("fetch", "org/Demo-GGUF", "--quant", "Q8_0", "--store", store)
+    assert absent.code == 1 and "It has Q4_K_M." in absent.err
+
+
+@pytest.mark.parametrize(
+    ("failure", "words"),
+    [
+        (Status(401, "RepoNotFound"), "no repo 'org/demo' that you may see"),
+        (Status(403), "does not let you read"),
+        (Status(404, "RevisionNotFound"), "no revision 'main'"),
+        (Status(429), "asked too often"),
+        (Status(500), "failure of its own"),
+    ],
+)
+@pytest.mark.parametrize("command", [("fetch",), ("import",), ("fetch-adapter", "--base", str(DEMO_MODEL))])
+def test_every_command_has_words_for_every_refusal(
+    hub: LoopbackHub,
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[str, ...],
+    failure: Status,
+    words: str,
+) -> None:
+    monkeypatch.setattr("ollama_forge.source.hub._WAITS_SECONDS", ())
+    monkeypatch.setenv("HF_TOKEN", "hf_good")
+    hub.add("org/demo", FOLDER)
+    hub.fail("GET /api/models/org/demo", *[failure] * 3)
+    ended = forge(*command, "org/demo", "--name", "m", "--store", store, "--json")
+    assert ended.code == 1 and words in ended.document["error"]["what"] and ended.document["error"]["next"]
+    assert "hf_good" not in ended.out + ended.err and not store.exists()
+
+
+def test_a_gated_repo_is_explained_and_opened_by_a_token(
+    hub: LoopbackHub, ggufs: dict[str, bytes], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("org/Demo-GGUF", ggufs, is_gated=True)
+    ended = forge("fetch", "org/Demo-GGUF", "--quant", "Q2_K", "--store", store)
+    assert ended.code == 1 and "is gated" in ended.err and "huggingface.co/org/Demo-GGUF" in ended.err
+    monkeypatch.setenv("HF_TOKEN", "hf_good")
+    assert forge_json("fetch", "org/Demo-GGUF", "--quant", "Q2_K", "--store", store)["check"]["loaded"]
+
+
+def test_an_adapter_lands_on_its_base_as_a_layer_and_merged(hub: LoopbackHub, store: Path, tmp_path: Path) -> None:
+    adapter = build_demo_adapter(tmp_path / "adapter")
+    hub.add("org/lora", {**adapter, "optimizer.pt": b"pickle", "README.md": b"x"}, tags=("license:apache-2.0",))
+    forge_json("import", DEMO_MODEL, "--name", "base", "--store", store)
+    done = forge_json("fetch-adapter", "org/lora", "--base", "base", "--name", "tuned", "--store", store)
+    assert done["files"] == ["adapter_config.json", "adapter_model.safetensors"] and done["shared_bytes"] > 500_000
+    merged = forge_json("fetch-adapter", "org/lora", "--base", "base", "--name", "m", "--merge", "--store", store)
+    assert merged["merged"]["edited"] > 0 and merged["downloaded_bytes"] == 0
+    wrong = forge("fetch-adapter", "org/none", "--base", "base", "--name", "x", "--store", store)
+    assert wrong.code == 1 and "no repo 'org/none'" in wrong.err
+
+
+def build_demo_adapter(folder: Path) -> dict[str, bytes]:
+    """A LoRA of the demo model, of the PEFT form."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    config = json.loads((DEMO_MODEL / "config.json").read_text(encoding="utf-8"))
+    width = config["hidden_size"]
+    out = config["num_attention_heads"] * config.get("head_dim", width // config["num_attention_heads"])
+    draw = np.random.default_rng(0)
+    tensors = {}
+    for layer in range(config["num_hidden_layers"]):
+        stem = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        tensors[f"{stem}.lora_A.weight"] = draw.normal(0, 0.02, (4, width)).astype("float32")
+        tensors[f"{stem}.lora_B.weight"] = draw.normal(0, 0.02, (out, 4)).astype("float32")
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    settings["base_model_name_or_path"] = "org/demo"
+    return {
+        "adapter_config.json": json.dumps(settings).encode(),
+        "adapter_model.safetensors": (folder / "adapter_model.safetensors").read_bytes(),
+    }
