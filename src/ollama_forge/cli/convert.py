@@ -60,6 +60,7 @@ def command(
 ) -> None:
     """Convert weights: a Hugging Face folder to GGUF (-o), or a GGUF file to an Ollama model (--gguf --name)."""
     from ollama_forge.jobs import conversion, landing
+    from ollama_forge.jobs.creation import Creation, create_model
     from ollama_forge.jobs.resolve import resolve_folder
 
     if (source is None) == (gguf is None):
@@ -80,7 +81,10 @@ def command(
                 if output is None
                 else f"ollama-forge quantize {gguf} -o {output} --type Q4_K_M",
             )
-        landed = landing.land_gguf(gguf, name, changes, options, adapters=adapters, quantize=quantize)
+        if quantize is None:
+            landed = create_model(Creation(str(gguf.absolute()), changes, adapters), name, options)
+        else:
+            landed = landing.land_gguf(gguf, name, changes, options, adapters=adapters, quantize=quantize)
         report_landed(console, landed)
         return
     assert source is not None

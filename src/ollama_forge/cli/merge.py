@@ -26,7 +26,7 @@ _SHOWN = 12
     "   |   ollama-forge merge llama3.2 ./one ./two --weight 0.7 --weight 0.3 --name mine",
 )
 @click.argument("base")
-@click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("adapters", nargs=-1, type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The GGUF file (or folder) to write.")
 @click.option("--name", help="The Ollama model to make.")
 @click.option(
@@ -50,7 +50,10 @@ def command(
     options: LandOptions,
     console: Console,
 ) -> None:
-    """Merge adapters into a model, back into the same quantization; tensors that no adapter names stay as they are."""
+    """Merge adapters into a model (those of an Ollama model itself, too), back into the same quantization.
+
+    Tensors that no adapter names stay as they are, byte for byte.
+    """
     from ollama_forge.jobs.landing import land_gguf
     from ollama_forge.jobs.merging import MergeOptions, inherited, merge_and_land, merge_model
     from ollama_forge.jobs.resolve import resolve
@@ -58,10 +61,15 @@ def command(
     if output is None and name is None:
         raise UsageError(
             "merge needs -o OUT.gguf or --name NAME",
-            next=f"ollama-forge merge {base} {adapters[0]} -o merged.gguf",
+            next=f"ollama-forge merge {base} {adapters[0] if adapters else './adapter'} -o merged.gguf",
         )
     inputs = weighted(adapters, weights)
     model = resolve(base, options.store_path)
+    if not adapters and not model.adapters:
+        raise UsageError(
+            f"{base!r} has no adapter of its own, and none was named",
+            next=f"ollama-forge merge {base} ./adapter -o merged.gguf",
+        )
     wanted = MergeOptions(untie=untie, imatrix=imatrix, n_threads=n_threads)
     if output is None:
         assert name is not None

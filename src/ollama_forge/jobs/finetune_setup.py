@@ -124,7 +124,7 @@ def resolve_trainable(base: str, folder: Path, options: LandOptions) -> Resolved
         raise UnsupportedError(
             f"{base!r} has an adapter already",
             why="Training starts from plain weights.",
-            next=f"Merge it first: ollama-forge merge {base} -o merged.gguf; then train on merged.gguf.",
+            next=f"Merge it first: ollama-forge merge {base} -o merged.gguf; then train with --base ./merged.gguf",
         )
     if model.folder is None:
         return model
