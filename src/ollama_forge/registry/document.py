@@ -84,8 +84,9 @@ class RegistryEntry(Record):
 
     @property
     def is_placeholder(self) -> bool:
-        """Whether it stands for no model: a legacy `model-ollama-gguf*` entry."""
-        return self.backend == "ollama" and self.name.startswith("model-ollama-gguf")
+        """Whether it is a legacy `model-ollama-gguf*` entry that stands for no model that was ever seen."""
+        is_named_so = self.backend == "ollama" and self.name.startswith("model-ollama-gguf")
+        return is_named_so and not self.identity.manifest_digest and self.presence != "present"
 
     @property
     def is_logical(self) -> bool:

@@ -66,7 +66,8 @@ def update_registry(path: Path, change: Callable[[Document], Document]) -> Docum
         after = render_document(document)
         if after != before:
             if before is not None:
-                place_copy(path, backup_path(path), overwrite=True)
+                # Not a hard link: whoever edits the registry in place would edit its last version too.
+                place_copy(path, backup_path(path), overwrite=True, may_hardlink=False)
             write_bytes(path, after, overwrite=True)
     return document
 
