@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
-from command import DEMO_MODEL, forge, forge_json
+from command import DEMO_MODEL, forge, forge_json, tree_hash
 from hub_fixtures import hub as hub
 from loopback_hub import Cut, LoopbackHub, Status, sha256
 
 from ollama_forge.jobs.environment import total_memory_bytes
+from ollama_forge.jobs.resolve import resolve
 
 FOLDER = {path.name: path.read_bytes() for path in DEMO_MODEL.iterdir() if path.is_file()}
 
@@ -300,3 +302,65 @@ def build_demo_adapter(folder: Path) -> dict[str, bytes]:
         "adapter_config.json": json.dumps(settings).encode(),
         "adapter_model.safetensors": (folder / "adapter_model.safetensors").read_bytes(),
     }
+
+
+def test_the_cache_is_listed_and_a_revision_removed_without_what_others_share(hub: LoopbackHub, tmp_path: Path) -> None:
+    old = hub.add("org/demo", {**FOLDER, "generation_config.json": b'{"old": 1}'})
+    resolve("hf:org/demo")
+    new = hub.add("org/demo", {**FOLDER, "generation_config.json": b'{"new": 12}'})
+    resolve("hf:org/demo")
+    listed = forge_json("hf-cache", "ls")
+    (repo,) = listed["repos"]
+    assert {entry["commit"]: entry["refs"] for entry in repo["revisions"]} == {old: [], new: ["main"]}
+    cache = tmp_path / "hf/hub/models--org--demo"
+    before = tree_hash(cache)
+    dry = forge_json("hf-cache", "rm", f"org/demo@{old[:8]}", "--dry-run")
+    assert dry["freed_bytes"] == len(b'{"old": 1}') and tree_hash(cache) == before
+    assert forge("hf-cache", "rm", "org/demo").code == 2, "nobody is there to say yes"
+    assert tree_hash(cache) == before
+    removed = forge_json("hf-cache", "rm", "org/demo", "--revision", old, "--yes")
+    assert removed["removed"][0]["revisions"] == [old] and not (cache / "snapshots" / old).exists()
+    assert (cache / "snapshots" / new / "model.safetensors").read_bytes() == FOLDER["model.safetensors"]
+    missing = forge("hf-cache", "rm", "org/demo@v9", "--yes")
+    assert missing.code == 1 and f"It has {new[:12]}/main." in missing.err
+    assert forge_json("hf-cache", "rm", "org/demo", "--yes")["removed"][0]["whole"] and not cache.exists()
+    assert forge_json("hf-cache", "ls") == {"cache": str(tmp_path / "hf/hub"), "size": 0, "repos": []}
+
+
+def test_a_dataset_and_a_copy_with_the_same_commit_are_not_taken_for_the_model(
+    hub: LoopbackHub, tmp_path: Path
+) -> None:
+    commit = hub.add("org/demo", FOLDER)
+    resolve("hf:org/demo")
+    cache = tmp_path / "hf/hub"
+    for twin in ("datasets--org--demo", "models--copy--demo"):
+        shutil.copytree(cache / "models--org--demo", cache / twin, symlinks=True)
+    forge_json("hf-cache", "rm", f"org/demo@{commit}", "--yes")
+    assert sorted(path.name for path in cache.glob("*--*")) == ["datasets--org--demo", "models--copy--demo"]
+    ended = forge("hf-cache", "rm", "org/demo", "--yes")
+    assert ended.code == 1 and "a dataset of that name" in ended.err and "--type dataset" in ended.err
+    forge_json("hf-cache", "rm", "org/demo", "--type", "dataset", "--yes")
+    assert [path.name for path in cache.glob("*--*")] == ["models--copy--demo"]
+
+
+def test_unfinished_downloads_are_shown_and_removed(
+    hub: LoopbackHub, ggufs: dict[str, bytes], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ollama_forge.source.hub_download._WAITS_SECONDS", ())
+    hub.add("org/Demo-GGUF", ggufs)
+    hub.fail("GET /cdn/", Cut(400_000))
+    assert forge("fetch", "org/Demo-GGUF", "--store", store).code == 1
+    (repo,) = forge_json("hf-cache", "ls")["repos"]
+    assert (repo["repo"], repo["unfinished"], repo["revisions"]) == ("org/Demo-GGUF", 400_000, [])
+    ended = forge("hf-cache", "rm", "org/Demo-GGUF", "--yes")
+    assert ended.code == 0 and "400 KB freed" in ended.out
+    assert not (tmp_path / "hf/hub/models--org--Demo-GGUF").exists()
+
+
+def test_what_was_landed_outlives_the_cache(hub: LoopbackHub, ggufs: dict[str, bytes], store: Path) -> None:
+    hub.add("org/Demo-GGUF", ggufs)
+    forge_json("fetch", "org/Demo-GGUF", "--quant", "Q2_K", "--name", "m", "--store", store)
+    forge_json("hf-cache", "rm", "org/Demo-GGUF", "--yes")
+    assert forge_json("verify", "--store", store)
+    (row,) = forge_json("list", "--store", store)
+    assert Path(row["blob"]).read_bytes() == ggufs["Demo-Q2_K.gguf"]
