@@ -18,6 +18,7 @@ HELP_OLD = (
     "  --lora-alpha N  LORA alpha\n  --lora-r N  LORA r\n  --rank-wq N  rank for wq\n"
     "  --train-data FNAME  training data\n  --checkpoint-in FNAME  checkpoint\n  --checkpoint-out FNAME  checkpoint\n"
     "  -s SEED, --seed SEED  RNG seed\n  -c N, --ctx N  context size\n  -b N, --batch N  batch size\n"
+    "  -t N, --threads N  number of threads\n"
     "  --grad-acc N  accumulation\n  --sample-start STR  starting point for samples\n"
     "  --epochs N  maximum number epochs\n  --adam-iter N  iterations\n  --adam-alpha N  learning rate\n"
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -391,27 +392,48 @@ def test_what_a_program_writes_arrives_while_it_runs(tmp_path: Path) -> None:
     assert b"".join(heard) == b"step 1 end\n"
 
 
+HOLDER = (
+    "import os, subprocess, sys, time\n"
+    "held = os.open('pipe', os.O_WRONLY)\n"
+    "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], pass_fds=[held])\n"
+    "os.write(1, b'started')\ntime.sleep(600)\n"
+)
+"""A program that holds a pipe open for writing, and so does its child: its end is read only when both are gone."""
+
+
+def open_pipe(folder: Path) -> int:
+    (folder / "p.py").write_text(HOLDER)
+    os.mkfifo(folder / "pipe")
+    return os.open(folder / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+
+
+def require_end(reader: int) -> None:
+    os.set_blocking(reader, True)
+    assert os.read(reader, 1) == b""
+    os.close(reader)
+
+
 def test_an_interrupted_run_leaves_no_process_behind(tmp_path: Path) -> None:
-    """Program and grandchild hold a pipe open for writing; its end can be read only when both are gone."""
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    body = (
-        "import os, subprocess, sys, time\n"
-        "held = os.open('pipe', os.O_WRONLY)\n"
-        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], pass_fds=[held])\n"
-        "os.write(1, b'started')\ntime.sleep(600)\n"
-    )
-    (tmp_path / "p.py").write_text(body)
+    reader = open_pipe(tmp_path)
 
     def interrupt(_chunk: bytes) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run_program([sys.executable, "p.py"], tmp_path, interrupt)
-    os.set_blocking(reader, True)
-    assert os.read(reader, 1) == b""
-    os.close(reader)
+    require_end(reader)
+
+
+def test_a_killed_run_leaves_no_process_behind(tmp_path: Path) -> None:
+    reader = open_pipe(tmp_path)
+    code = (
+        "import sys; from pathlib import Path; from ollama_forge.jobs.external_program import run_program\n"
+        "run_program([sys.executable, 'p.py'], Path('.'), lambda chunk: print('heard', flush=True))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None and child.stdout.readline() == b"heard\n"
+        child.kill()
+    require_end(reader)
 
 
 def test_a_killed_program_is_told_by_the_signals_name(tmp_path: Path) -> None:

@@ -124,8 +124,9 @@ def _started(command: Sequence[str], folder: Path) -> Iterator[tuple[subprocess.
             env=program_environment(),
             cwd=folder,
             start_new_session=True,
+            preexec_fn=_terminal_owner(opened[1]) if opened else None,
         )
-    except OSError as exc:
+    except (OSError, subprocess.SubprocessError) as exc:
         if opened:
             os.close(opened[0])
         raise TrainingError(
@@ -159,6 +160,17 @@ def _open_terminal() -> tuple[int, int]:
     ours, theirs = pty.openpty()
     tty.setraw(theirs)
     return ours, theirs
+
+
+def _terminal_owner(terminal: int) -> Callable[[], None]:
+    """For the program's side of the fork: with the terminal its own, it is hung up when we die, however we die."""
+    import fcntl
+    import termios
+
+    def own() -> None:
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+    return own
 
 
 def _read_terminal(terminal: int, process: subprocess.Popen[bytes]) -> bytes:

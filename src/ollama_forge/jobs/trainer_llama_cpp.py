@@ -16,6 +16,7 @@ from pathlib import Path
 from ollama_forge.dataset.prepare import PreparedFile
 from ollama_forge.errors import ExistsError, NotFoundError, UsageError
 from ollama_forge.files import Progress, make_folder
+from ollama_forge.gguf.native import usable_cores
 from ollama_forge.gguf.quantize import QuantizeOptions
 from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.gguf.types import FileType, GGMLType, file_type_name, parse_file_type
@@ -98,6 +99,7 @@ def lora_command(
         ("--batch", loop.batch_size),
         ("--grad-acc", loop.grad_accum),
         ("--seed", loop.seed),
+        ("--threads", usable_cores()),  # its own 6 wait for each other where there are fewer
         ("--checkpoint-out", request.folder / CHECKPOINT.format("ITERATION")),
     ]
     if request.resume:
