@@ -14,6 +14,7 @@ from loopback_hub import Cut, LoopbackHub, Status, sha256
 
 from ollama_forge.jobs.environment import total_memory_bytes
 from ollama_forge.jobs.resolve import resolve
+from ollama_forge.store.catalog import open_store
 
 FOLDER = {path.name: path.read_bytes() for path in DEMO_MODEL.iterdir() if path.is_file()}
 
@@ -364,3 +365,55 @@ def test_what_was_landed_outlives_the_cache(hub: LoopbackHub, ggufs: dict[str, b
     assert forge_json("verify", "--store", store)
     (row,) = forge_json("list", "--store", store)
     assert Path(row["blob"]).read_bytes() == ggufs["Demo-Q2_K.gguf"]
+
+
+def tagged(base: str, *more: str) -> tuple[str, ...]:
+    return ("peft", f"base_model:{base}", f"base_model:adapter:{base}", *more)
+
+
+def test_a_search_shows_adapters_by_what_they_hold(hub: LoopbackHub, tmp_path: Path) -> None:
+    adapter = build_demo_adapter(tmp_path / "adapter")
+    hub.add("org/demo-sql", adapter, tags=tagged("org/demo", "license:mit"), downloads=50)
+    hub.add("org/demo-lora-adapter-qlora", FOLDER, downloads=900)
+    pickle = {"adapter_config.json": b"{}", "adapter_model.bin": b"\x80"}
+    hub.add("org/demo-old", pickle, tags=tagged("org/demo"), downloads=9)
+    hub.add("org/demo-gguf-lora", {"lora-f16.gguf": b"GGUF"}, tags=tagged("org/demo"), downloads=5)
+    found = forge_json("adapters", "search", "demo")
+    assert [(hit["repo"], hit["form"]) for hit in found["adapters"]] == [
+        ("org/demo-sql", "peft"),
+        ("org/demo-old", "pickle"),
+        ("org/demo-gguf-lora", "gguf"),
+    ]
+    assert found["left_out"] == 1 and found["adapters"][0]["licence"] == "mit"
+    assert "pickle" in found["adapters"][1]["obstacle"] and found["adapters"][0]["bases"] == ["org/demo"]
+    ended = forge("adapters", "search", "nothing")
+    assert ended.code == 0 and "No adapter was found." in ended.out
+
+
+def test_adapters_are_recommended_by_what_they_say_of_their_base_and_the_best_is_landed(
+    hub: LoopbackHub, store: Path, tmp_path: Path
+) -> None:
+    adapter = build_demo_adapter(tmp_path / "adapter")
+    other = json.loads(adapter["adapter_config.json"]) | {"base_model_name_or_path": "org/other"}
+    hub.add("org/demo", FOLDER)
+    hub.add("org/good", adapter, tags=tagged("org/demo"), downloads=5)
+    hub.add("org/liar", {**adapter, "adapter_config.json": json.dumps(other).encode()}, tags=tagged("org/demo"))
+    hub.repos["org/liar"].downloads = 99
+    hub.add("org/elsewhere", adapter, tags=tagged("org/else"), downloads=500)
+    found = forge_json("adapters", "recommend", "--base", "hf:org/demo", "--store", store)
+    assert [hit["repo"] for hit in found["adapters"]] == ["org/good", "org/liar"]
+    assert found["base_repo"] == "org/demo" and found["adapters"][0]["rank"] == 4
+    assert "names another base" in found["adapters"][1]["obstacle"] and found["adapters"][0]["size"] > 1000
+    assert hub.count("GET /cdn/") == 0, "no weights are downloaded to judge"
+    forge_json("import", "org/demo", "--name", "base", "--store", store)
+    apply = ("adapters", "recommend", "--base", "base", "--apply", "--store", store)
+    done = forge_json(*apply, "--name", "tuned")
+    assert done["name"] == "tuned:latest" and done["repo"] == "org/good"
+    assert len(open_store(store).find("tuned").adapters) == 1
+    forge_json("hf-cache", "rm", "org/demo", "--yes")
+    unknown = forge(*apply, "--name", "again")
+    assert unknown.code == 1 and "--base-repo" in unknown.err
+    assert forge_json(*apply, "--name", "again", "--base-repo", "org/demo")["name"] == "again:latest"
+    assert forge(*apply, "--base-repo", "org/demo").code == 2
+    nothing = forge(*apply, "--base-repo", "org/unknown", "--name", "x")
+    assert nothing.code == 1 and "No adapter that can be used" in nothing.err

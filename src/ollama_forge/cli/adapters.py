@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ollama_forge.cli.console import Console, human_bytes
+from ollama_forge.cli.console import Console, human_bytes, human_count
+from ollama_forge.cli.landing import landing_options
 from ollama_forge.cli.options import console_options, store_option, write_options
+from ollama_forge.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from ollama_forge.jobs.adapter_check import AdapterReport
+    from ollama_forge.jobs.adapter_search import AdapterHit, Recommendation
     from ollama_forge.jobs.adapters import ConvertedAdapter
+    from ollama_forge.jobs.landing import LandOptions
 
 _MARKS = {"ok": ("✓", "green"), "differs": ("✗", "red"), "unknown": ("?", "yellow")}
 
 
 @click.group("adapters", epilog="Example: ollama-forge adapters check ./my-adapter --base llama3.2")
 def command() -> None:
-    """Adapters (LoRA): does one fit a model, and what is it in the other format."""
+    """Adapters (LoRA): find one, see whether it fits a model, and turn it into the other format."""
 
 
 @command.command("check", epilog="Example: ollama-forge adapters check ./my-adapter --base llama3.2")
@@ -77,6 +82,88 @@ def convert(
     for warning in done.warnings:
         console.warn(warning)
     console.result(done.document(), lambda: _show_converted(console, done))
+
+
+@command.command("search", epilog="Example: ollama-forge adapters search qwen3 sql")
+@click.argument("query", nargs=-1, required=True)
+@click.option("--limit", type=click.IntRange(1, 100), default=10, show_default=True, help="How many to show.")
+@console_options
+def search(query: tuple[str, ...], limit: int, console: Console) -> None:
+    """Adapters on the Hugging Face Hub whose name has the words of QUERY; repos that hold none are left out."""
+    from ollama_forge.jobs.adapter_search import search_adapters
+
+    found = search_adapters(" ".join(query), limit=limit)
+
+    def show() -> None:
+        _show_hits(console, found.hits)
+        if found.left_out:
+            console.say(f"{found.left_out} more repos have these words and hold no adapter.")
+
+    console.result({"adapters": [hit.document() for hit in found.hits], "left_out": found.left_out}, show)
+
+
+@command.command("recommend", epilog="Example: ollama-forge adapters recommend --base llama3.2")
+@click.option("--base", required=True, metavar="REF", help="The base: an Ollama name, a .gguf file, hf:org/name.")
+@click.option("--base-repo", default="", metavar="ORG/NAME", help="Its repo on the Hub, where its file does not say.")
+@click.option("--query", default="", metavar="WORDS", help="Only adapters whose name has these words.")
+@click.option("--limit", type=click.IntRange(1, 50), default=5, show_default=True, help="How many to look into.")
+@click.option("--apply", "apply_best", is_flag=True, help="Land the first usable one on the base.")
+@click.option("--name", help="With --apply: the Ollama model to make.")
+@landing_options
+def recommend(
+    base: str,
+    base_repo: str,
+    query: str,
+    limit: int,
+    apply_best: bool,
+    name: str | None,
+    options: LandOptions,
+    console: Console,
+) -> None:
+    """Adapters that were trained on a base, by the tags and the adapter_config.json of their repos."""
+    from ollama_forge.jobs.adapter_search import recommend_adapters
+
+    if apply_best and not name:
+        raise UsageError("--apply makes an Ollama model, so it needs --name", next="Add --name NAME.")
+    found = recommend_adapters(base, options.store_path, base_repo=base_repo, query=query, limit=limit)
+    if not apply_best:
+        console.result(found.document(), lambda: _show_recommendation(console, found))
+        return
+    if found.best is None:
+        raise NotFoundError(
+            f"No adapter that can be used says that it was trained on {found.base_repo}",
+            next="Look for one by words: ollama-forge adapters search WORDS",
+        )
+    from ollama_forge.cli.hub_report import report_hub_landing
+    from ollama_forge.jobs.hub import land_adapter
+    from ollama_forge.source.hub_files import RepoName
+    from ollama_forge.store.modelfile import Modelfile
+
+    console.say(f"{found.best.repo}: {'; '.join(found.best.evidence)}")
+    assert name is not None
+    named = RepoName(found.best.repo, found.best.commit)
+    report_hub_landing(console, land_adapter(named, base, name, Modelfile(), options))
+
+
+def _show_recommendation(console: Console, found: Recommendation) -> None:
+    console.say(f"{found.base} comes from {found.base_repo}: {'; '.join(found.evidence)}")
+    _show_hits(console, found.hits)
+    if found.best is not None:
+        console.say(f"Next: ollama-forge fetch-adapter {found.best.repo} --base {found.base} --name NAME")
+
+
+def _show_hits(console: Console, hits: Sequence[AdapterHit]) -> None:
+    for hit in hits:
+        facts = [hit.form, f"licence {hit.licence or 'not said'}", f"{human_count(hit.downloads)} downloads"]
+        if hit.size_bytes:
+            facts.insert(1, human_bytes(hit.size_bytes))
+        console.line(click.style(hit.repo, bold=True) + "  " + ", ".join(facts))
+        for text in hit.evidence:
+            console.line(f"    {text}")
+        if hit.obstacle:
+            console.line(click.style(f"    cannot be used: {hit.obstacle}", fg="red"))
+    if not hits:
+        console.line("No adapter was found.")
 
 
 def _show_report(console: Console, report: AdapterReport) -> None:
