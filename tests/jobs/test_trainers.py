@@ -208,7 +208,7 @@ def test_what_a_layer_cannot_hold_is_merged_and_that_is_said(
     ended = run(store, tmp_path, "--base-gguf", gguf, name="normed")
     assert ended.code == 0, ended.err
     assert "Merged" in ended.document["warnings"][0] and "attn_norm" in ended.document["warnings"][0]
-    assert not resolve("normed", store).adapters
+    assert not resolve("normed", store).adapters and len(ended.document["answers"]) == 3
 
 
 def test_without_a_finetune_run_trainer_is_an_error_and_says_the_way(

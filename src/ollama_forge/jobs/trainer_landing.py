@@ -21,9 +21,9 @@ from ollama_forge.jobs.adapters import base_path, prepare_adapter, require_numbe
 from ollama_forge.jobs.conversion import quantize_options
 from ollama_forge.jobs.finetune import ask_all, choose_questions, land_adapter
 from ollama_forge.jobs.finetune_setup import FinetuneRequest
-from ollama_forge.jobs.landing import LandedModel, LandOptions, land_gguf
+from ollama_forge.jobs.landing import LandOptions, land_gguf
 from ollama_forge.jobs.merging import MergeInput, inherited, merge_and_land
-from ollama_forge.jobs.resolve import ResolvedModel
+from ollama_forge.jobs.resolve import ResolvedModel, resolve
 from ollama_forge.jobs.trainer_job import AnswerChange, TrainerJob, TrainerResult
 from ollama_forge.transform.lora_gguf import require_expressible
 from ollama_forge.weights.adapter import find_adapter, open_adapter
@@ -66,8 +66,9 @@ def _finish_adapter(
     reason = None if request.merge else _needs_merging(place.path, target)
     if reason:
         warnings.append(f"Merged into the weights, because an adapter layer cannot hold all of it. {reason}")
-        landed = None if request.skip_landing else _land_merged(place.path, request, target, options)
-        return TrainerResult(job, landed=landed, warnings=tuple(warnings))
+        if request.skip_landing:
+            return TrainerResult(job, warnings=tuple(warnings))
+        return _finish_merged(job, place.path, request, target, options, warnings)
     adapter_gguf = prepare_adapter(place.path, target, request.folder)
     questions = _questions(request)
     before = ask_all(target, questions)
@@ -117,10 +118,24 @@ def _needs_merging(path: Path, target: ResolvedModel) -> str:
     return ""
 
 
-def _land_merged(path: Path, request: FinetuneRequest, target: ResolvedModel, options: LandOptions) -> LandedModel:
+def _finish_merged(
+    job: TrainerJob,
+    path: Path,
+    request: FinetuneRequest,
+    target: ResolvedModel,
+    options: LandOptions,
+    warnings: list[str],
+) -> TrainerResult:
     assert request.name is not None
-    _, landed = merge_and_land(target, [MergeInput(path)], request.name, request.changes, options)
-    return landed
+    merged, landed = merge_and_land(target, [MergeInput(path)], request.name, request.changes, options)
+    warnings += merged.warnings
+    if options.server is not None:
+        return TrainerResult(job, landed=landed, warnings=tuple(warnings))
+    questions = _questions(request)
+    before, after = ask_all(target, questions), ask_all(resolve(request.name, options.store_path), questions)
+    if before and before == after:
+        warnings.append(_UNCHANGED.format(len(before)))
+    return TrainerResult(job, landed=landed, answers=_changes(questions, before, after), warnings=tuple(warnings))
 
 
 def _changes(
