@@ -6,12 +6,14 @@ the plan; three questions, training, the same questions again; then landing and 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ollama_forge.dataset.examples import Example
+from ollama_forge.dataset.read import find_data_files
 from ollama_forge.dataset.render import ALPACA_GO_TEMPLATE
 from ollama_forge.engine import GREEDY, open_engine
 from ollama_forge.gguf.reader import open_gguf
@@ -25,6 +27,7 @@ from ollama_forge.jobs.finetune_setup import (
     require_free_name,
 )
 from ollama_forge.jobs.landing import LandedModel, LandOptions, land_gguf, land_installed
+from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, working
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, merge_and_land
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.jobs.training_plan import TrainingPlan
@@ -129,7 +132,8 @@ def _train_and_land(
             f"All {len(answers)} answers are the same as before training: train longer, or raise the learning rate."
         )
     request = replace(request, changes=matching_template(request.changes, prepared))
-    landed = None if request.skip_landing else land_adapter(request, options, prepared.model, adapter_gguf)
+    with _training(request, prepared, trained):
+        landed = None if request.skip_landing else land_adapter(request, options, prepared.model, adapter_gguf)
     undo = _undo(request, landed)
     report = write_report(
         request.folder,
@@ -141,6 +145,24 @@ def _train_and_land(
         undo,
     )
     return FinetuneResult(prepared.plan, trained, adapter_gguf, landed, answers, report, undo, tuple(warnings))
+
+
+def _training(
+    request: FinetuneRequest, prepared: PreparedRun, trained: TrainedAdapter
+) -> contextlib.AbstractContextManager[None]:
+    """What the registry is told of a fine-tune: base, data, settings, losses."""
+    data = [file_ingredient(path, "data") for path in find_data_files(request.data, request.include)]
+    settings = {key: getattr(request, key) for key in ("max_length", "overlong", "learn", "validation_share")}
+    return working(
+        "finetune",
+        [ingredient_of(prepared.model), *data],
+        {"base_loss": trained.base_loss, "final_loss": trained.final_loss},
+        seconds=trained.seconds,
+        lora=request.lora,
+        loop=prepared.loop,
+        steps=trained.steps,
+        **settings,
+    )
 
 
 def matching_template(changes: Modelfile, prepared: PreparedRun) -> Modelfile:

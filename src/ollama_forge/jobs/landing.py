@@ -27,6 +27,7 @@ from ollama_forge.jobs.conversion import (
     open_joined,
     open_quantization,
 )
+from ollama_forge.jobs.lineage import Work, record_landing, source_work
 from ollama_forge.jobs.remote import land_remote
 from ollama_forge.store.catalog import Store, open_store
 from ollama_forge.store.discard import exists_error
@@ -118,14 +119,16 @@ def land_gguf(
     """
     validate_writable(parse_name(name))
     if quantize is not None:
+        work = source_work(gguf_path, adapters, changes, quantize)
         return _land_planned(
-            lambda: open_quantization(gguf_path, quantize), name, changes, options, adapters, projector
+            lambda: open_quantization(gguf_path, quantize), name, changes, options, adapters, work, projector
         )
     with open_gguf(gguf_path) as gguf:
         is_split = len(gguf.paths) > 1
         size_bytes = gguf.size_bytes
     if is_split:
-        return _land_planned(lambda: open_joined(gguf_path), name, changes, options, adapters, projector)
+        work = source_work(gguf_path, adapters, changes)
+        return _land_planned(lambda: open_joined(gguf_path), name, changes, options, adapters, work, projector)
     return _land(gguf_path, name, changes, options, adapters, size_bytes, projector)
 
 
@@ -140,7 +143,8 @@ def import_folder(
 ) -> LandedModel:
     """A Hugging Face folder becomes an Ollama model in one pass: converted, quantized and hashed as it is written."""
     validate_writable(parse_name(name))
-    return _land_planned(lambda: open_folder(folder, conversion), name, changes, options, adapters)
+    work = source_work(folder, adapters, changes, conversion)
+    return _land_planned(lambda: open_folder(folder, conversion), name, changes, options, adapters, work)
 
 
 def land_installed(
@@ -172,7 +176,7 @@ def land_planned(
         projector: the mmproj of a model that sees or hears; a server does not take it.
     """
     validate_writable(parse_name(name))
-    return _land_planned(planned, name, changes, options, adapters, projector)
+    return _land_planned(planned, name, changes, options, adapters, source_work(None, adapters, changes), projector)
 
 
 def _land_planned(
@@ -181,6 +185,7 @@ def _land_planned(
     changes: Modelfile,
     options: LandOptions,
     adapters: Sequence[Path],
+    work: Work,
     projector: Path | None = None,
 ) -> LandedModel:
     started = time.monotonic()
@@ -194,7 +199,7 @@ def _land_planned(
             with options.progress(f"Making {name}", gguf.size_bytes) as advance:
                 write_gguf(staged, gguf.fields, gguf.entries, alignment=gguf.alignment, advance=advance)
             landed = _run_landing(store, staged, name, changes, options, adapters, 0, projector)
-        return _result(landed, started, gguf)
+        return _result(landed, started, work, gguf)
 
 
 def _land(
@@ -227,7 +232,9 @@ def _land(
             seconds=time.monotonic() - started,
             is_dry_run=True,
         )
-    return _result(_run_landing(store, model, name, changes, options, adapters, size_bytes, projector), started)
+    landed = _run_landing(store, model, name, changes, options, adapters, size_bytes, projector)
+    source = model if isinstance(model, (Path, InstalledModel)) else None
+    return _result(landed, started, source_work(source, adapters, changes))
 
 
 def _run_landing(
@@ -283,7 +290,9 @@ def _planned_landing(store: Store, name: str, gguf: PlannedGGUF, options: LandOp
     )
 
 
-def _result(landed: Landed, started: float, gguf: PlannedGGUF | None = None) -> LandedModel:
+def _result(landed: Landed, started: float, work: Work, gguf: PlannedGGUF | None = None) -> LandedModel:
+    seconds = time.monotonic() - started
+    unrecorded = record_landing(landed, work, seconds)
     return LandedModel(
         name=landed.name.display,
         digest=landed.digest,
@@ -292,8 +301,8 @@ def _result(landed: Landed, started: float, gguf: PlannedGGUF | None = None) -> 
         shared_bytes=landed.shared_bytes,
         check=landed.check if isinstance(landed.check, CheckReport) else None,
         replaced=landed.has_replaced,
-        warnings=(*(gguf.warnings if gguf else ()), *landed.warnings),
-        seconds=time.monotonic() - started,
+        warnings=(*(gguf.warnings if gguf else ()), *landed.warnings, *unrecorded),
+        seconds=seconds,
         types=gguf.types if gguf else (),
     )
 

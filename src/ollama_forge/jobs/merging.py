@@ -22,6 +22,7 @@ from ollama_forge.jobs.adapters import base_path, prepare_adapter, settle_base_c
 from ollama_forge.jobs.conversion import ConvertOptions, PlannedGGUF, write_planned
 from ollama_forge.jobs.creation import Creation, create_model, override
 from ollama_forge.jobs.landing import LandedModel, LandOptions, import_folder, land_planned
+from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, working
 from ollama_forge.jobs.resolve import ResolvedModel, resolve
 from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.transform.apply import Addition, EditedGGUF, plan_gguf_edit
@@ -177,14 +178,23 @@ def merge_and_land(
                 progress=land_options.progress,
             )  # fmt: skip
             folder = base.folder if land_options.dry_run else Path(scratch) / "merged"
-            landed = import_folder(folder, name, wanted, land_options, ConvertOptions(n_threads=options.n_threads))
+            with _merging(base, inputs, options):
+                landed = import_folder(folder, name, wanted, land_options, ConvertOptions(n_threads=options.n_threads))
             return replace(merged, output=None), landed
     projector = base.installed.projector if base.installed is not None else None
-    with _open_merge(base, inputs, options) as merge:
+    with _open_merge(base, inputs, options) as merge, _merging(base, inputs, options):
         landed = land_planned(
             lambda: contextlib.nullcontext(merge.gguf), name, wanted, land_options, projector=projector
         )
         return merge.result(None, started, sha256="", is_dry_run=land_options.dry_run), landed
+
+
+def _merging(
+    base: ResolvedModel, inputs: Sequence[MergeInput], options: MergeOptions
+) -> contextlib.AbstractContextManager[None]:
+    """What the registry is told of a merge."""
+    adapters = [file_ingredient(item.path, "adapter") for item in inputs]
+    return working("merge", [ingredient_of(base), *adapters], inputs=inputs, options=options)
 
 
 def inherited(base: ResolvedModel, changes: Modelfile) -> Modelfile:

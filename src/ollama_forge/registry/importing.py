@@ -60,7 +60,7 @@ def plan_import(document: Document, inventory: Inventory, *, deprecate_placehold
                 n_unchanged += 1
             else:
                 updated.append(entry.name)
-    absent = _mark_absent(models, inventory, seen)
+    absent = _mark_absent(models, inventory, seen) if inventory.is_whole else []
     deprecated = _deprecate_placeholders(models) if deprecate_placeholders else []
     return Imported(
         document.with_models(models),

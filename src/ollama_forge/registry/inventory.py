@@ -66,6 +66,7 @@ class Inventory:
         origin: `store`, `server`, `cli-json` or `cli-text`.
         store: the models folder or the server's address; empty for a listing.
         unreadable: names that are there but whose manifests could not be read.
+        is_whole: whether what is not in it is not there.
     """
 
     origin: str
@@ -73,6 +74,7 @@ class Inventory:
     models: tuple[FoundModel, ...]
     oddities: tuple[Oddity, ...] = ()
     unreadable: frozenset[str] = frozenset()
+    is_whole: bool = True
 
 
 def take_inventory(store_path: Path | None = None, server: OllamaServer | None = None) -> Inventory:
