@@ -17,7 +17,7 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -96,6 +96,7 @@ class LoopbackHub:
     known_tokens: tuple[str, ...] = ("hf_stranger",)
     repos: dict[str, Repo] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
+    on_request: Callable[[Request], None] = lambda _request: None
     _failures: list[tuple[str, list[Failure]]] = field(default_factory=list)
 
     def __enter__(self) -> LoopbackHub:
@@ -195,7 +196,9 @@ class _Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         path = unquote(parts.path)
         route = f"{self.command} {path}"
-        self.hub.requests.append(Request(route, {key.lower(): value for key, value in self.headers.items()}))
+        request = Request(route, {key.lower(): value for key, value in self.headers.items()})
+        self.hub.requests.append(request)
+        self.hub.on_request(request)
         self.failure = self.hub.next_failure(route)
         if isinstance(self.failure, Status):
             self.refuse(self.failure.status, self.failure.code, self.failure.message, self.failure.headers)

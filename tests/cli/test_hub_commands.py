@@ -10,7 +10,7 @@ import huggingface_hub.constants
 import pytest
 from command import DEMO_MODEL, forge, forge_json, tree_hash
 from hub_fixtures import hub as hub
-from loopback_hub import Cut, LoopbackHub, Status, sha256
+from loopback_hub import Cut, LoopbackHub, Status, Tampered, WholeInstead, sha256
 
 from ollama_forge.jobs.environment import total_memory_bytes
 from ollama_forge.jobs.resolve import resolve
@@ -417,3 +417,124 @@ def test_adapters_are_recommended_by_what_they_say_of_their_base_and_the_best_is
     assert forge(*apply, "--base-repo", "org/demo").code == 2
     nothing = forge(*apply, "--base-repo", "org/unknown", "--name", "x")
     assert nothing.code == 1 and "No adapter that can be used" in nothing.err
+
+
+def shard_demo(n_shards: int) -> dict[str, bytes]:
+    """The demo model in several files with an index, as transformers saves it."""
+    whole = FOLDER["model.safetensors"]
+    end = 8 + int.from_bytes(whole[:8], "little")
+    entries = {name: entry for name, entry in json.loads(whole[8:end]).items() if name != "__metadata__"}
+    names = sorted(entries, key=lambda name: entries[name]["data_offsets"])
+    files = {name: content for name, content in FOLDER.items() if name != "model.safetensors"}
+    weight_map = {}
+    for number in range(n_shards):
+        own = names[number * len(names) // n_shards : (number + 1) * len(names) // n_shards]
+        path = f"model-{number + 1:05d}-of-{n_shards:05d}.safetensors"
+        first = entries[own[0]]["data_offsets"][0]
+        header = {
+            name: entries[name] | {"data_offsets": [offset - first for offset in entries[name]["data_offsets"]]}
+            for name in own
+        }
+        text = json.dumps(header).encode()
+        content = whole[end + first : end + entries[own[-1]]["data_offsets"][1]]
+        files[path] = len(text).to_bytes(8, "little") + text + content
+        weight_map.update(dict.fromkeys(own, path))
+    files["model.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
+    return files
+
+
+def disk_bytes(folder: Path) -> int:
+    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def blob_of(store: Path, name: str) -> str:
+    return next(row["blob"] for row in forge_json("list", "--store", store) if row["name"] == f"{name}:latest")
+
+
+@pytest.mark.parametrize("quant", ["Q4_K_M", "none"])
+def test_without_keep_source_two_shards_at_most_are_on_the_disk_and_the_model_is_the_same(
+    hub: LoopbackHub, store: Path, tmp_path: Path, quant: str
+) -> None:
+    files = shard_demo(6)
+    hub.add("org/demo", files)
+    largest = max(len(content) for name, content in files.items() if name.endswith(".safetensors"))
+    small = sum(len(content) for name, content in files.items() if not name.endswith(".safetensors"))
+    cache = tmp_path / "hf/hub"
+    held: list[int] = []
+    hub.on_request = lambda request: held.append(disk_bytes(cache)) if "GET /cdn/" in request.route else None
+    done = forge_json("import", "org/demo", "--name", "lean", "--quant", quant, "--no-keep-source", "--store", store)
+    assert done["check"]["template"] == "equal" and len(held) >= 6
+    slack = small + 40 * 4096
+    assert max(held) <= 2 * largest + slack < 4 * largest, "when the next one begins, one more is here, or two are"
+    assert disk_bytes(cache) < slack and not list(cache.glob("**/*.safetensors"))
+    hub.on_request = lambda _request: None
+    forge_json("import", "org/demo", "--name", "plain", "--quant", quant, "--store", store)
+    assert blob_of(store, "lean") == blob_of(store, "plain")
+
+
+def test_a_shard_that_is_cut_or_tampered_with_is_seen_while_it_is_converted(
+    hub: LoopbackHub, store: Path, tmp_path: Path
+) -> None:
+    hub.add("org/demo", shard_demo(3))
+    lean = ("import", "org/demo", "--name", "lean", "--no-keep-source", "--store", store)
+    third = f"GET /cdn/org/demo/{hub.repos['org/demo'].refs['main']}/model-00003"
+    hub.fail(third, Status(500), Cut(0), Cut(20_000))
+    assert forge_json(*lean)["check"]["loaded"]
+    for_the_header = (WholeInstead(), WholeInstead())
+    hub.fail(third, *for_the_header, Tampered())
+    ended = forge(*lean, "--force", "--json")
+    assert ended.code == 1 and "not what the Hub listed" in ended.document["error"]["what"]
+    assert not list((tmp_path / "hf/hub").glob(".ollama-forge-import-*"))
+    kept = blob_of(store, "lean")
+    forge_json(*lean)
+    assert blob_of(store, "lean") == kept
+
+
+def test_what_killed_imports_left_is_swept(hub: LoopbackHub, store: Path, tmp_path: Path) -> None:
+    left = tmp_path / "hf/hub/.ollama-forge-import-99999999-abcd"
+    (left / "models--org--x").mkdir(parents=True)
+    hub.add("org/demo", shard_demo(2))
+    forge_json("import", "org/demo", "--name", "lean", "--no-keep-source", "--store", store)
+    assert not left.exists()
+
+
+def test_a_sharded_repo_is_imported_like_a_whole_one(hub: LoopbackHub, store: Path) -> None:
+    hub.add("org/demo", {**shard_demo(3), "model.safetensors": FOLDER["model.safetensors"]})
+    done = forge_json("import", "org/demo", "--name", "shards", "--store", store)
+    assert "model.safetensors" not in done["files"] and len([f for f in done["files"] if f.endswith("rs")]) == 3
+    hub.add("twin/demo", shard_demo(3))
+    hub.repos["twin/demo"].commits[hub.repos["twin/demo"].refs["main"]].pop("model-00002-of-00003.safetensors")
+    ended = forge("import", "twin/demo", "--name", "broken", "--store", store)
+    assert ended.code == 1 and "2 of 3 files" in ended.err
+
+
+def write_projector(path: Path) -> bytes:
+    """A GGUF that says that it is an mmproj, with one tensor."""
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(path, "clip")
+    writer.add_type("mmproj")
+    writer.add_tensor("v.patch_embd.weight", np.ones((32, 32), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.read_bytes()
+
+
+def test_the_projector_of_a_model_that_sees_is_offered_and_landed(
+    hub: LoopbackHub, ggufs: dict[str, bytes], store: Path, tmp_path: Path
+) -> None:
+    projector = write_projector(tmp_path / "p.gguf")
+    hub.add("org/Demo-GGUF", {**ggufs, "mmproj-Demo-F16.gguf": projector, "mmproj-Demo-F32.gguf": b"GGUF"})
+    fetch = ("fetch", "org/Demo-GGUF", "--quant", "Q2_K", "--store", store)
+    done = forge_json(*fetch, "--name", "sees")
+    assert done["files"] == ["Demo-Q2_K.gguf", "mmproj-Demo-F16.gguf"] and done["projector"] == "mmproj-Demo-F16.gguf"
+    landed = open_store(store).find("sees").projector
+    assert landed is not None and landed.read_bytes() == projector
+    blind = forge(*fetch, "--name", "blind", "--no-projector")
+    assert blind.code == 0 and "was left out" in blind.err and open_store(store).find("blind").projector is None
+    hub.add("org/plain", ggufs)
+    ended = forge("fetch", "org/plain", "--projector", "--quant", "Q2_K", "--store", store)
+    assert ended.code == 2 and "has no projector" in ended.err

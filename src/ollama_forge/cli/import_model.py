@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 @click.option("--name", required=True, help="The Ollama model to make.")
 @click.option("--revision", metavar="REV", help="Of a repo: a branch, a tag or a commit (default: main).")
 @click.option(
+    "--keep-source/--no-keep-source",
+    default=True,
+    help="Of a repo: keep its files in the cache (default), or let each shard go once it is used.",
+)
+@click.option(
     "--quant", default="Q4_K_M", show_default=True, metavar="TYPE", help="Quantization; 'none' keeps 16 bits."
 )
 @click.option("--outtype", type=click.Choice(OUTTYPES, case_sensitive=False), default="auto", show_default=True)
@@ -42,6 +47,7 @@ def command(
     source: str,
     name: str,
     revision: str | None,
+    keep_source: bool,
     quant: str,
     outtype: str,
     imatrix: Path | None,
@@ -69,7 +75,7 @@ def command(
         named = parse_repo(source)
         if revision:
             named = replace(named, revision=revision)
-        report_hub_landing(console, import_repo(named, name, changes, options, conversion))
+        report_hub_landing(console, import_repo(named, name, changes, options, conversion, keep_source=keep_source))
         return
     if revision:
         raise UsageError(

@@ -5,23 +5,27 @@ In: a repo, and what the model is to be called. Out: `HubLanding`, which also sa
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ollama_forge.convert.plan import plan_conversion
 from ollama_forge.errors import UsageError
 from ollama_forge.files import require_free_space
-from ollama_forge.jobs.conversion import ConvertOptions
+from ollama_forge.jobs.conversion import ConvertOptions, PlannedGGUF
 from ollama_forge.jobs.hub_local import GGUFPlan, fetch_adapter_files, plan_gguf
-from ollama_forge.jobs.landing import LandedModel, LandOptions, import_folder, land_gguf
+from ollama_forge.jobs.landing import LandedModel, LandOptions, import_folder, land_gguf, land_planned
 from ollama_forge.jobs.merging import MergedModel, MergeInput, MergeOptions, merge_and_land, retrain
 from ollama_forge.jobs.resolve import resolve
 from ollama_forge.source.hub import Fetched, fetch_files, list_repo, missing_bytes
 from ollama_forge.source.hub_cache import find_hub_cache
 from ollama_forge.source.hub_files import RepoListing, RepoName, choose_model_files
+from ollama_forge.source.hub_stream import ShardStream, open_stream
 from ollama_forge.store.catalog import open_store
 from ollama_forge.store.discard import exists_error
 from ollama_forge.store.modelfile import Modelfile
@@ -123,9 +127,19 @@ def fetch_model(
 
 
 def import_repo(
-    named: RepoName, name: str, changes: Modelfile, options: LandOptions, conversion: ConvertOptions
+    named: RepoName,
+    name: str,
+    changes: Modelfile,
+    options: LandOptions,
+    conversion: ConvertOptions,
+    *,
+    keep_source: bool = True,
 ) -> HubLanding:
-    """A repo's safetensors become a quantized Ollama model; the files stay in the cache.
+    """A repo's safetensors become a quantized Ollama model.
+
+    Args:
+        keep_source: leave the files in the cache. Otherwise each shard comes when it is needed and goes once it is
+            used; a model that the cache has already is used and stays.
 
     Raises:
         As `source.hub`, `source.hub_files.choose_model_files` and `jobs.landing`.
@@ -143,9 +157,21 @@ def import_repo(
             landed, warnings=("How large the model will be is known once its files are here; it is at most so large.",)
         )
         return HubLanding(landed, listing, paths, missing, warnings=_offline_warnings(listing))
+    if missing and not keep_source and not listing.is_offline:
+        with open_stream(listing, files) as stream:
+            landed = land_planned(lambda: _open_streamed(stream, conversion), name, changes, options)
+        return HubLanding(landed, listing, paths, stream.downloaded_bytes)
     fetched = fetch_files(listing, files)
     landed = import_folder(fetched.folder, name, changes, options, conversion)
     return HubLanding(landed, listing, paths, fetched.downloaded_bytes, warnings=_offline_warnings(listing))
+
+
+@contextlib.contextmanager
+def _open_streamed(stream: ShardStream, conversion: ConvertOptions) -> Iterator[PlannedGGUF]:
+    with plan_conversion(stream.folder, conversion) as plan:
+        plan.checkpoint.before_read = stream.need
+        entries = [replace(entry, chunks=functools.partial(stream.watched, entry.chunks)) for entry in plan.entries]
+        yield PlannedGGUF(plan.fields, entries, plan.size_bytes, warnings=plan.warnings)
 
 
 def land_adapter(

@@ -278,6 +278,65 @@ class _Part:
             _remove(self.path)
 
 
+class _InPlacePart(_Part):
+    """A part inside a file that has its full length already and that others look at while it is filled."""
+
+    def _read_what_is_there(self) -> None:
+        pass
+
+    def _truncate(self) -> None:
+        self._stream.seek(0)
+        self._hash = _new_hash(self._file)
+        self.size_bytes = 0
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def fill_in_place(listing: RepoListing, file: HubFile, path: Path, endpoint: str) -> int:
+    """Download a whole file over one of the same length, and verify it. Returns the bytes that came.
+
+    Raises:
+        HubError, DiskError: as `run_download`.
+    """
+    part = _InPlacePart(path, file, lambda _count: None)
+    try:
+        return _fill(part, listing, file, endpoint)
+    finally:
+        with _disk(path):
+            part.close()
+
+
+def fetch_beginning(listing: RepoListing, file: HubFile, n_bytes: int, endpoint: str) -> bytes:
+    """The first bytes of a file; they are not verified, since a hash is of a whole file.
+
+    Raises:
+        HubError: refused, out of reach, or fewer bytes than asked for.
+    """
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+    from huggingface_hub.utils import get_session, hf_raise_for_status
+
+    for wait in (*_WAITS_SECONDS, None):
+        try:
+            url, headers = _locate(listing, file, endpoint)
+            headers["Range"] = f"bytes=0-{n_bytes - 1}"
+            begun = bytearray()
+            with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT_SECONDS) as response:
+                hf_raise_for_status(response)
+                for chunk in response.iter_bytes():
+                    begun += chunk
+                    if len(begun) >= n_bytes:
+                        return bytes(begun[:n_bytes])
+            error = _cut(listing, file)
+        except (HTTPError, OfflineModeIsEnabled, ConnectionError) as exc:
+            error = hub_error(exc, listing.repo, listing.revision)
+            if 400 <= status_of(exc) < 500 and status_of(exc) not in (408, 429):
+                raise error from exc
+        if wait is not None:
+            time.sleep(wait)
+    raise error
+
+
 def _new_hash(file: HubFile) -> _Hash:
     if file.sha256:
         return hashlib.sha256()

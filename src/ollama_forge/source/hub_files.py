@@ -196,6 +196,11 @@ def choose_model_files(listing: RepoListing) -> tuple[HubFile, ...]:
     return (*sorted(beside, key=lambda file: file.path), *weights)
 
 
+def is_model_weights(file: HubFile) -> bool:
+    """Whether a file is (a shard of) a model's weights, as `choose_model_files` takes them."""
+    return _is_weights(file)
+
+
 def choose_adapter_files(listing: RepoListing) -> tuple[HubFile, ...]:
     """The files of a LoRA: PEFT's two, or its one GGUF.
 

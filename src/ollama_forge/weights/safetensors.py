@@ -13,7 +13,7 @@ import contextlib
 import mmap
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import NoReturn
@@ -33,6 +33,9 @@ class SafetensorsFolder:
     """The tensors of one file or of all shards of a folder, in the order of shard names and then of tensor names.
 
     Use it as a context manager; views from `read` must not be used after it is closed.
+
+    Attributes:
+        before_read: called with a tensor's file before its bytes are looked at, for files whose bytes come on demand.
     """
 
     def __init__(self, path: Path, files: Mapping[Path, mmap.mmap], tensors: Mapping[str, SafetensorsTensor]) -> None:
@@ -40,6 +43,7 @@ class SafetensorsFolder:
         self.files = tuple(files)
         self.tensors: Mapping[str, SafetensorsTensor] = MappingProxyType(dict(tensors))
         self.size_bytes = sum(len(content) for content in files.values())
+        self.before_read: Callable[[Path], None] | None = None
         self._maps = dict(files)
         self._views = {file: memoryview(content) for file, content in files.items()}
 
@@ -76,6 +80,7 @@ class SafetensorsFolder:
             NotFoundError: no such tensor.
         """
         tensor = self.find_tensor(name)
+        self._prepare(tensor.file)
         return self._views[tensor.file][tensor.offset : tensor.offset + tensor.nbytes]
 
     def iter_chunks(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
@@ -85,10 +90,15 @@ class SafetensorsFolder:
             NotFoundError: no such tensor.
         """
         tensor = self.find_tensor(name)
+        self._prepare(tensor.file)
         for start in range(0, tensor.nbytes, chunk_bytes):
             stop = min(start + chunk_bytes, tensor.nbytes)
             yield self._views[tensor.file][tensor.offset + start : tensor.offset + stop]
             self.release(name, start, stop)
+
+    def _prepare(self, file: Path) -> None:
+        if self.before_read is not None:
+            self.before_read(file)
 
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Let the system drop pages of the tensor from this process; the bytes stay readable.
