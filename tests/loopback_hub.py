@@ -45,6 +45,13 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Stall:
+    """Promise everything, send this many bytes of the body, then nothing more until the server ends."""
+
+    after_bytes: int
+
+
+@dataclass(frozen=True)
 class Tampered:
     """Send other bytes of the same length."""
 
@@ -54,7 +61,7 @@ class WholeInstead:
     """Ignore the Range header and send everything with status 200."""
 
 
-Failure = Status | Cut | Tampered | WholeInstead
+Failure = Status | Cut | Stall | Tampered | WholeInstead
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,7 @@ class LoopbackHub:
     repos: dict[str, Repo] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     on_request: Callable[[Request], None] = lambda _request: None
+    ended: threading.Event = field(default_factory=threading.Event)
     _failures: list[tuple[str, list[Failure]]] = field(default_factory=list)
 
     def __enter__(self) -> LoopbackHub:
@@ -109,6 +117,7 @@ class LoopbackHub:
         return self
 
     def __exit__(self, *_exc: object) -> None:
+        self.ended.set()
         for server in self._servers:
             server.shutdown()
             server.server_close()
@@ -231,6 +240,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        if isinstance(self.failure, Stall):
+            self.wfile.write(body[: self.failure.after_bytes])
+            self.wfile.flush()
+            self.hub.ended.wait(60)
+            self.close_connection = True
             return
         self.wfile.write(body)
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 from command import DEMO_MODEL, forge, forge_json, tree_hash
 from hub_fixtures import hub as hub
-from loopback_hub import Cut, LoopbackHub, Status, Tampered, WholeInstead, sha256
+from loopback_hub import Cut, LoopbackHub, Stall, Status, Tampered, WholeInstead, sha256
 
 from ollama_forge.jobs.environment import total_memory_bytes
 from ollama_forge.jobs.resolve import resolve
@@ -160,6 +164,28 @@ def test_a_cut_fetch_is_finished_by_the_same_command(
     assert ended.code == 1 and ended.document["error"]["kind"] == "hub" and not (store / "manifests").exists()
     done = forge_json("fetch", "org/Demo-GGUF", "--quant", "Q8_0", "--store", store)
     assert done["downloaded_bytes"] == len(ggufs["Demo-Q8_0.gguf"]) - 500_000
+
+
+def test_a_killed_fetch_goes_on_where_it_was_and_the_world_s_settings_are_honoured(
+    hub: LoopbackHub, ggufs: dict[str, bytes], store: Path, tmp_path: Path
+) -> None:
+    content = ggufs["Demo-Q8_0.gguf"]
+    hub.add("org/Demo-GGUF", ggufs, is_gated=True)
+    hub.fail("GET /cdn/", Stall(700_000))
+    environment = os.environ | {"HF_TOKEN": "hf_good"}
+    words = ("fetch", "org/Demo-GGUF", "--quant", "Q8_0", "--store", str(store), "--json")
+    command = [sys.executable, "-m", "ollama_forge", *words]
+    part = tmp_path / "hf/hub/models--org--Demo-GGUF/blobs" / f"{sha256(content)}.incomplete"
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+        deadline = time.monotonic() + 60
+        while not (part.exists() and part.stat().st_size > 500_000) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        child.kill()
+    kept = part.stat().st_size
+    assert 500_000 < kept <= 700_000 and not (store / "manifests").exists()
+    done = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert json.loads(done.stdout)["downloaded_bytes"] == len(content) - kept
+    assert hub.requests[-1].range == f"bytes={kept}-" and b"hf_good" not in done.stdout + done.stderr
 
 
 def test_a_repo_is_imported_without_its_code_and_pickles_and_equals_its_folder(
