@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ollama_forge.cli import registry_lifecycle, registry_lineage
+from ollama_forge.cli import registry_bundle, registry_lifecycle, registry_lineage
 from ollama_forge.cli.console import Console, human_bytes
 from ollama_forge.cli.options import console_options, store_option
 from ollama_forge.cli.registry_options import dry_run_option, registry_option, show_oddities, yes_option
@@ -280,5 +280,5 @@ def _readable(path: Path) -> Document:
         return Document()
 
 
-for _subcommand in (*registry_lifecycle.COMMANDS, *registry_lineage.COMMANDS):
+for _subcommand in (*registry_lifecycle.COMMANDS, *registry_lineage.COMMANDS, *registry_bundle.COMMANDS):
     command.add_command(_subcommand)
