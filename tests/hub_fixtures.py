@@ -1,4 +1,4 @@
-"""The loopback Hub as a fixture: `pytest_plugins` of nobody; test modules import `hub` by name."""
+"""The loopback Hub, a repo of GGUFs and a store as fixtures; test modules import them by name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+from command import DEMO_MODEL, forge_json
 from loopback_hub import LoopbackHub
 
 
@@ -24,3 +25,23 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
     with LoopbackHub() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         yield server
+
+
+DEMO_FILES = {path.name: path.read_bytes() for path in DEMO_MODEL.iterdir() if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def ggufs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The demo model in three quantizations, as a GGUF repo holds them, with the things that are no models."""
+    folder = tmp_path_factory.mktemp("ggufs")
+    files = {"README.md": b"# A model", "imatrix.gguf": b"GGUF not a model", "config.json": b"{}"}
+    for quant in ("Q8_0", "Q4_K_M", "Q2_K"):
+        forge_json("convert", DEMO_MODEL, "-o", folder / f"{quant}.gguf", "--quant", quant)
+        files[f"Demo-{quant}.gguf"] = (folder / f"{quant}.gguf").read_bytes()
+    return files
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """Where an empty store will be."""
+    return tmp_path / "models"
