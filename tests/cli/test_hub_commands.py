@@ -171,6 +171,21 @@ def test_a_killed_fetch_goes_on_where_it_was_and_the_world_s_settings_are_honour
     assert hub.requests[-1].range == f"bytes={kept}-" and b"hf_good" not in done.stdout + done.stderr
 
 
+def test_a_disk_that_fills_up_is_named_and_the_download_goes_on_when_there_is_room(
+    hub: LoopbackHub, ggufs: dict[str, bytes], store: Path
+) -> None:
+    hub.add("org/Demo-GGUF", ggufs)
+    words = ("fetch", "org/Demo-GGUF", "--quant", "Q8_0", "--store", str(store), "--json")
+    script = (
+        "import resource, sys; from ollama_forge.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000)); sys.exit(main(sys.argv[1:]))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, *words], capture_output=True)
+    assert ended.returncode == 1 and json.loads(ended.stdout)["error"]["kind"] == "disk"
+    done = forge_json(*words[:-1])
+    assert done["downloaded_bytes"] == len(ggufs["Demo-Q8_0.gguf"]) - 600_000
+
+
 def test_a_model_argument_may_lie_on_the_hub(
     hub: LoopbackHub, ggufs: dict[str, bytes], store: Path, tmp_path: Path
 ) -> None:

@@ -41,6 +41,8 @@ def test_a_revision_is_imported_when_it_is_named(hub: LoopbackHub, store: Path) 
     assert forge_json("import", "org/demo", "--revision", "v1", "--name", "m", "--store", store)["commit"] == old
     ended = forge("import", DEMO_MODEL, "--revision", "v1", "--name", "m", "--store", store)
     assert ended.code == 2 and "is a folder" in ended.err
+    part = forge("import", "org/demo:Q4_K_M", "--name", "m", "--store", store)
+    assert part.code == 2 and "fetch org/demo" in part.err
     missing = forge("import", "hf:org/demo@v7", "--name", "m", "--store", store, "--json")
     assert "no revision 'v7'" in missing.document["error"]["what"]
 

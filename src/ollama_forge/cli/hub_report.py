@@ -17,8 +17,14 @@ def report_hub_landing(console: Console, done: HubLanding) -> None:
         console.warn(warning)
     listing = done.listing
     licence = f", licence {listing.licence}" if listing.licence else ""
-    came = "to download" if done.landed.is_dry_run else "downloaded, all of it verified"
-    console.say(f"{listing.repo} at {listing.commit[:12]}{licence}: {human_bytes(done.downloaded_bytes)} {came}")
+    size = human_bytes(done.downloaded_bytes)
+    if done.landed.is_dry_run:
+        came = f"{size} to download"
+    elif done.downloaded_bytes:
+        came = f"{size} downloaded, every hash right"
+    else:
+        came = "all of it was in the cache, every hash right"
+    console.say(f"{listing.repo} at {listing.commit[:12]}{licence}: {came}")
     document = done.document()
     if done.merged is not None:
         from ollama_forge.cli.merge import show_losses

@@ -145,6 +145,12 @@ def import_repo(
         As `source.hub`, `source.hub_files.choose_model_files` and `jobs.landing`.
     """
     validate_writable(parse_name(name))
+    if named.file or named.quant:
+        raise UsageError(
+            f"import takes the whole of {named.repo!r}, not {named.file or named.quant!r} of it",
+            why="It reads safetensors; which quantization it makes is said by --quant.",
+            next=f"ollama-forge import {named.repo} --name {name}, or for a GGUF: ollama-forge fetch {named.repo}",
+        )
     _require_free_name(name, options)
     listing = list_repo(named.repo, named.revision)
     files = choose_model_files(listing)
