@@ -22,14 +22,16 @@ if TYPE_CHECKING:
     default=Path("demo-store"),
     show_default=True,
     metavar="DIR",
-    help="The demo's own models folder; Ollama's is not touched.",
+    help="The demo's own models folder; Ollama's, and your registry, are not touched.",
 )
 @console_options
 def command(store_path: Path, console: Console) -> int:
     """Import, quantize, land, customise, fine-tune and run a small model. No Ollama, GPU or network needed."""
     from ollama_forge.jobs.demo import PERSONA, run_demo
+    from ollama_forge.jobs.lineage import recording_in
 
-    result = run_demo(store_path.absolute(), console.say)
+    with recording_in(store_path.absolute() / "model_registry.json"):
+        result = run_demo(store_path.absolute(), console.say)
 
     def show() -> None:
         console.line()

@@ -63,6 +63,30 @@ class Work:
 
 
 _WORK: contextvars.ContextVar[Work | None] = contextvars.ContextVar("work", default=None)
+_RECORDS: contextvars.ContextVar[bool] = contextvars.ContextVar("records", default=True)
+
+
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """Whatever is landed inside is a trial, and leaves no record."""
+    token = _RECORDS.set(False)
+    try:
+        yield
+    finally:
+        _RECORDS.reset(token)
+
+
+_REGISTRY: contextvars.ContextVar[Path | None] = contextvars.ContextVar("registry", default=None)
+
+
+@contextlib.contextmanager
+def recording_in(registry_path: Path) -> Iterator[None]:
+    """Landings inside are recorded in that registry, not in the person's own."""
+    token = _REGISTRY.set(registry_path)
+    try:
+        yield
+    finally:
+        _REGISTRY.reset(token)
 
 
 @contextlib.contextmanager
@@ -128,9 +152,11 @@ def source_work(
 
 def record_landing(landed: Landed, work: Work, seconds: float, registry_path: Path | None = None) -> tuple[str, ...]:
     """Write down a model that has just got its name; returns warnings, never raises what a registry can raise."""
+    if not _RECORDS.get():
+        return ()
     from ollama_forge.registry.registry_file import find_registry, update_registry
 
-    path = find_registry(registry_path)
+    path = find_registry(registry_path or _REGISTRY.get())
     outer = _WORK.get()
     whole = work if outer is None else _added(outer, work)
     try:
