@@ -11,49 +11,28 @@ TOLERANCE = 1.1
 
 
 def measure_landing(shop: Workshop) -> list[Row]:
-    """Landing without the check of the result, and the whole command, which also loads the model and runs it."""
+    """Landing without the check of the result: a random model never ends its answer, so its check says nothing."""
     model = ready_bf16(shop)
     store = shop.folder / "landing-store"
 
     def clean() -> None:
         shutil.rmtree(store, ignore_errors=True)
 
-    whole = shop.forge("convert", "--gguf", str(model), "--name", "bench", "--store", str(store), "--quiet")
-    unchecked = (*whole, "--no-check")
-    measured = run_side_by_side(
-        [
-            Command("convert --gguf --no-check", unchecked, clean=clean),
-            Command("sha256sum", ("sha256sum", str(model))),
-            Command("convert --gguf --name", whole, clean=clean),
-        ],
-        shop.repeats,
-    )
-    landed, hashed, command = measured
+    land = ("convert", "--gguf", str(model), "--name", "bench", "--store", str(store), "--no-check", "--quiet")
+    ours = Command("convert --gguf --no-check", shop.forge(*land), clean=clean)
+    landed, hashed = run_side_by_side([ours, Command("sha256sum", ("sha256sum", str(model)))], shop.repeats)
     clean()
-    size = f"{model.stat().st_size / 1e9:.2f} GB, same file system"
     ratio = landed.seconds / hashed.seconds
-    target = f"one read for its hash ({TOLERANCE}x sha256sum, start-up included)"
-    spread = f"ours {landed.spread}, sha256sum {hashed.spread}"
-    checked = f"{command.seconds / hashed.seconds:.2f}x the time"
     return [
         Row(
-            f"land a GGUF ({size})",
+            f"land a GGUF ({model.stat().st_size / 1e9:.2f} GB, same file system)",
             show(landed),
             show(hashed),
             f"{ratio:.2f}x the time",
-            target,
+            f"one read for its hash ({TOLERANCE}x sha256sum, start-up included)",
             ratio <= TOLERANCE,
-            spread,
-        ),
-        Row(
-            f"the whole command ({size})",
-            show(command),
-            show(hashed),
-            checked,
-            "",
-            None,
-            "loads and runs the result too",
-        ),
+            f"ours {landed.spread}, sha256sum {hashed.spread}",
+        )
     ]
 
 
