@@ -10,7 +10,7 @@ import click
 
 from ollama_forge.cli.console import Console
 from ollama_forge.cli.options import console_options
-from ollama_forge.cli.registry_options import registry_option
+from ollama_forge.cli.registry_options import dry_run_option, registry_option
 
 _SHOWN = 100
 
@@ -66,9 +66,39 @@ def diff(ref_a: str, ref_b: str, registry_path: Path | None, console: Console) -
     console.result({row.field: {"a": row.before, "b": row.after} for row in rows}, human)
 
 
+@click.command("rebuild", epilog="Example: ollama-forge registry rebuild my-model --dry-run")
+@click.argument("ref")
+@click.option("--whole", is_flag=True, help="Also what it was made from, as far back as the records go.")
+@registry_option
+@dry_run_option
+@console_options
+def rebuild_model(ref: str, whole: bool, registry_path: Path | None, dry_run: bool, console: Console) -> int:
+    """Make REF again from its record, beside the one that is there, and say whether the digest is the same.
+
+    Imports, quantizations and customisations can be made again. Exit code 1 when the digest differs.
+    """
+    from ollama_forge.jobs.rebuild import rebuild
+    from ollama_forge.registry.registry_file import find_registry, read_registry
+
+    document = read_registry(find_registry(registry_path))
+    rebuilt = rebuild(document, ref, whole=whole, dry_run=dry_run, progress=console.progress)
+
+    def human() -> None:
+        for step in rebuilt.steps:
+            console.line(f"{step.step}: {step.name}  from {', '.join(step.sources)}")
+        if rebuilt.is_dry_run:
+            console.line("Everything that it needs is there. Nothing was changed.")
+        else:
+            console.line(f"recorded  {rebuilt.recorded_digest}")
+            console.line(f"now       {rebuilt.digest}  {'the same' if rebuilt.is_same else 'ANOTHER'}")
+
+    console.result(rebuilt.document(), human)
+    return 0 if dry_run or rebuilt.is_same else 1
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
-COMMANDS: tuple[click.Command, ...] = (lineage, diff)
+COMMANDS: tuple[click.Command, ...] = (lineage, diff, rebuild_model)

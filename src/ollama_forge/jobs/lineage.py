@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _SNAPSHOT = re.compile(r"models--(?P<repo>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})")
 _VERSIONED = ("ollama-forge", "xllamacpp", "torch", "transformers", "peft")
 _HASHED_BYTES = 1 << 30
+_SHOWN = 500
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,8 @@ def plain_value(value: Any) -> Any:
     """Options as JSON has them: dataclasses as objects without what was not set, paths and enumerations as text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+        if not isinstance(fields.get("imatrix"), (Path, type(None))):
+            fields["imatrix"] = "given"  # megabytes of numbers
         return {key: plain_value(item) for key, item in fields.items() if not _is_unset(item)}
     if isinstance(value, Mapping):
         return {str(key): plain_value(item) for key, item in value.items()}
@@ -180,7 +183,7 @@ def plain_value(value: Any) -> Any:
         return [plain_value(item) for item in value]
     if isinstance(value, enum.Enum):
         return value.name
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)[:_SHOWN]
 
 
 def _is_folder(source: object) -> bool:

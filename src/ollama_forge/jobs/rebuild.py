@@ -1,0 +1,239 @@
+"""Make a model again from its record, and see whether it has the same digest.
+
+In: the registry and a model. Out: `Rebuilt`. It is made in a store of its own beside the one that it is in, under the
+names that were recorded, because a manifest holds names; that store shares the blobs of bases, and goes away at the
+end. Imports, quantizations and customisations can be made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ollama_forge.convert.plan import ConvertOptions
+from ollama_forge.errors import NotFoundError, StoreError, UnsupportedError
+from ollama_forge.files import Progress, disk_error, hash_file, no_progress
+from ollama_forge.gguf.quantize import QuantizeOptions
+from ollama_forge.gguf.types import FileType, GGMLType
+from ollama_forge.jobs.landing import LandedModel, LandOptions, import_folder, land_gguf, land_installed
+from ollama_forge.jobs.lineage import unrecorded
+from ollama_forge.registry.document import Document, Landing, Parent
+from ollama_forge.registry.lifecycle import find_entries, store_folder
+from ollama_forge.store.catalog import Store
+from ollama_forge.store.installed import InstalledModel
+from ollama_forge.store.modelfile import Modelfile, parse_modelfile
+from ollama_forge.store.publish import publish_manifest
+
+STEPS = ("import", "quantize", "create")
+
+
+@dataclass(frozen=True)
+class RebuildStep:
+    """One thing that will be made again, from what, with what."""
+
+    name: str
+    step: str
+    digest: str
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """What came of it; `digest` is empty in a dry run."""
+
+    name: str
+    recorded_digest: str
+    digest: str
+    steps: tuple[RebuildStep, ...]
+    is_dry_run: bool = False
+
+    @property
+    def is_same(self) -> bool:
+        return self.digest == self.recorded_digest
+
+    def document(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {
+            "name": self.name,
+            "recorded_digest": self.recorded_digest,
+            "digest": self.digest,
+            "same": None if self.is_dry_run else self.is_same,
+            "steps": [
+                {"name": one.name, "step": one.step, "digest": one.digest, "sources": list(one.sources)}
+                for one in self.steps
+            ],
+            "dry_run": self.is_dry_run,
+        }
+
+
+def rebuild(
+    document: Document, ref: str, *, whole: bool = False, dry_run: bool = False, progress: Progress = no_progress
+) -> Rebuilt:
+    """Make the model of `ref` again in its own store.
+
+    Args:
+        whole: also what it was made from, as far back as the records go; else bases that are installed are taken.
+
+    Raises:
+        NotFoundError: no record of how it was made, or a source that is gone.
+        StoreError: a source that is another one by now.
+        UnsupportedError: a step that cannot be made again (training, merging).
+    """
+    entry = find_entries(document, [ref])[0]
+    folder = store_folder(entry)
+    if folder is None:
+        raise NotFoundError(f"{entry.name!r} is in no store of this machine", next="ollama-forge registry import")
+    digest = entry.identity.manifest_digest
+    work = _Rebuild(document, whole)
+    work.plan(digest, entry.served_model_id or entry.name)
+    if dry_run:
+        return Rebuilt(entry.name, digest, "", tuple(work.steps), is_dry_run=True)
+    with _scratch_store(folder) as scratch, unrecorded():
+        options = LandOptions(scratch.models_dir, overwrite=True, check=False, progress=progress)
+        made = work.make(digest, scratch, options)
+    return Rebuilt(entry.name, digest, f"sha256:{made.digest}", tuple(work.steps))
+
+
+@contextlib.contextmanager
+def _scratch_store(beside: Path) -> Iterator[Store]:
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=".forge-rebuild-", dir=beside.parent)
+    except OSError as exc:
+        raise disk_error(exc, beside.parent, "make a store beside") from exc
+    with folder as name:
+        yield Store(Path(name))
+
+
+def _share_into(scratch: Store, model: InstalledModel) -> InstalledModel:
+    """An installed model in the scratch store too, under its own name; where links are possible nothing is copied."""
+    for layer in dict.fromkeys(model.manifest.all_layers):
+        scratch.blobs.put_file(model.blobs.path(layer.digest), digest=layer.digest)
+    raw = Store(model.blobs.blobs_dir.parent).read_manifest_bytes(model.name) or b""
+    publish_manifest(scratch, model.name, raw, overwrite=True)
+    return scratch.find(model.name)
+
+
+class _Rebuild:
+    """A rebuild under way: first `plan`, then `make`."""
+
+    def __init__(self, document: Document, whole: bool) -> None:
+        self._document = document
+        self._whole = whole
+        self.steps: list[RebuildStep] = []
+
+    def plan(self, digest: str, name: str) -> None:
+        """Check every source; the oldest step comes first."""
+        landing = self._landing(digest, name)
+        for parent in landing.parents:
+            if parent.role == "base" and self._is_made_again(parent):
+                self.plan(parent.digest, parent.ref)
+            else:
+                self._require(parent)
+        sources = tuple(f"{one.role}: {one.ref}" for one in landing.parents)
+        step = RebuildStep(landing.name, landing.step, digest, sources)
+        if step not in self.steps:
+            self.steps.append(step)
+
+    def make(self, digest: str, scratch: Store, options: LandOptions) -> LandedModel:
+        """Make it, and before it what it was made from, in the scratch store."""
+        landing = self._landing(digest, digest)
+        (base,) = (one for one in landing.parents if one.role == "base")
+        adapters = tuple(Path(one.ref) for one in landing.parents if one.role == "adapter")
+        changes = _modelfile(landing.parameters.get("modelfile"))
+        source: InstalledModel | Path
+        if self._is_made_again(base):
+            source = scratch.find(self.make(base.digest, scratch, options).name)
+        else:
+            installed = self._installed(base)
+            source = Path(base.ref) if installed is None else _share_into(scratch, installed)
+        if isinstance(source, InstalledModel):
+            return land_installed(source, landing.name, changes, options, adapters=adapters)
+        if landing.step == "import":
+            conversion = _convert_options(landing.parameters.get("conversion") or {})
+            return import_folder(source, landing.name, changes, options, conversion, adapters=adapters)
+        wanted = landing.parameters.get("quantization")
+        quantize = None if wanted is None else _quantize_options(wanted)
+        return land_gguf(source, landing.name, changes, options, adapters=adapters, quantize=quantize)
+
+    def _landing(self, digest: str, name: str) -> Landing:
+        landings = self._document.lineage.get(digest, ())
+        if not landings:
+            raise NotFoundError(
+                f"How {name!r} was made is not recorded",
+                why="Only what this tool lands is.",
+                next=f"See what is known: ollama-forge registry lineage {name}",
+            )
+        landing = landings[-1]
+        n_bases = sum(one.role == "base" for one in landing.parents)
+        if landing.step not in STEPS or n_bases != 1:
+            raise UnsupportedError(
+                f"The step {landing.step!r} of {landing.name!r} cannot be made again by `rebuild`",
+                why=f"It can repeat {', '.join(STEPS)}.",
+                next=f"Its settings and sources are recorded: ollama-forge registry lineage {landing.name}",
+            )
+        return landing
+
+    def _is_made_again(self, base: Parent) -> bool:
+        return base.digest in self._document.lineage and (self._whole or self._installed(base) is None)
+
+    def _installed(self, base: Parent) -> InstalledModel | None:
+        for entry in self._document.models.values():
+            served = entry.served_model_id
+            if base.digest and entry.identity.manifest_digest == base.digest and store_folder(entry) and served:
+                try:
+                    model = Store(store_folder(entry) or Path()).find(served)
+                except NotFoundError:
+                    continue
+                if f"sha256:{model.digest}" == base.digest:
+                    return model
+        return None
+
+    def _require(self, parent: Parent) -> None:
+        if parent.role == "base" and self._installed(parent) is not None:
+            return
+        path = Path(parent.ref)
+        if not path.exists():
+            raise NotFoundError(
+                f"The {parent.role} {parent.ref!r} is gone", next="Bring it back to that place, then run this again."
+            )
+        if parent.digest and path.is_file() and f"sha256:{hash_file(path).sha256}" != parent.digest:
+            raise StoreError(
+                f"The {parent.role} {parent.ref!r} is another file by now",
+                why=f"{parent.digest} was recorded.",
+                next="Bring the old one back.",
+            )
+
+
+def _modelfile(text: object) -> Modelfile:
+    return replace(parse_modelfile(text), sources=()) if isinstance(text, str) else Modelfile()
+
+
+def _convert_options(plain: Mapping[str, Any]) -> ConvertOptions:
+    quantize = plain.get("quantize")
+    return ConvertOptions(
+        outtype=str(plain.get("outtype", "auto")),
+        quantize=None if quantize is None else _quantize_options(quantize),
+        name=plain.get("name"),
+    )
+
+
+def _quantize_options(plain: Mapping[str, Any]) -> QuantizeOptions:
+    known: dict[str, Any] = {"file_type": FileType[plain["file_type"]]}
+    for field in ("output_tensor_type", "token_embedding_type"):
+        if plain.get(field) is not None:
+            known[field] = GGMLType[plain[field]]
+    if plain.get("tensor_types"):
+        known["tensor_types"] = tuple((pattern, GGMLType[name]) for pattern, name in plain["tensor_types"])
+    for field in ("pure", "leave_output_tensor", "allow_requantize"):
+        known[field] = bool(plain.get(field))
+    if plain.get("imatrix") is not None:
+        raise UnsupportedError(
+            "A quantization with an importance matrix cannot be made again by `rebuild`",
+            why="The record names the matrix, and does not hold it.",
+            next="Quantize again by hand: ollama-forge quantize --imatrix FILE",
+        )
+    return QuantizeOptions(**known)
