@@ -7,14 +7,13 @@ files are links into `blobs`).
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ollama_forge.errors import ForgeError
+from ollama_forge.source.hub_cache import find_hub_cache as find_hf_cache
 from ollama_forge.weights.safetensors import open_safetensors
 
 _FOLDER = re.compile(r"models--([A-Za-z0-9][\w.-]{0,95}?)--([A-Za-z0-9][\w.-]{0,95})")
@@ -78,19 +77,6 @@ class CachedModel:
             "missing": list(missing),
             "size": self.size_bytes,
         }
-
-
-def find_hf_cache(environment: Mapping[str, str] | None = None) -> Path:
-    """The folder in which huggingface_hub keeps what it downloads, by its own rules (`constants.py`)."""
-    values = os.environ if environment is None else environment
-    named = values.get("HF_HUB_CACHE") or values.get("HUGGINGFACE_HUB_CACHE")
-    if named:
-        return Path(os.path.expandvars(named)).expanduser()
-    home = values.get("HF_HOME")
-    if home:
-        return Path(os.path.expandvars(home)).expanduser() / "hub"
-    cache = values.get("XDG_CACHE_HOME")
-    return (Path(cache).expanduser() if cache else Path.home() / ".cache") / "huggingface" / "hub"
 
 
 def read_hf_cache(cache: Path | None = None) -> list[CachedModel]:
