@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ollama_forge.errors import RegistryError
@@ -55,6 +55,7 @@ def test_the_bytes_hold_no_time_but_the_one_of_a_landing() -> None:
     assert not any(word in text for word in ("_at", "time", "date"))
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(), st.dictionaries(st.text(), st.floats(allow_nan=False, allow_infinity=False), max_size=3))
 def test_any_text_survives(text: str, scores: dict[str, float]) -> None:
     try:

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ollama_forge.gguf.types import FileType, file_type_name
@@ -32,6 +32,7 @@ def test_every_token_of_the_strategy_is_known(token: str) -> None:
     assert derive_variant(f"llama3:{token}").name == f"llama3-ollama-gguf-{token.lower()}"
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.from_regex(SEED_REGEX, fullmatch=True))
 def test_the_list_is_a_superset_of_the_strategys(token: str) -> None:
     if token.isascii():
@@ -99,6 +100,7 @@ IDENTIFIER = st.builds(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(IDENTIFIER)
 def test_no_name_is_misfiled(identifier: str) -> None:
     """Family and quantization together hold every letter; a quantization is one whole word of the tag."""
@@ -115,6 +117,7 @@ def test_no_name_is_misfiled(identifier: str) -> None:
         assert "-" not in tag or not tag.rpartition("-")[0] or parse_quantization(tag.rpartition("-")[2]) is None
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(IDENTIFIER, max_size=12, unique_by=str.lower))
 def test_no_two_models_share_a_name(identifiers: list[str]) -> None:
     names: dict[str, str] = {}

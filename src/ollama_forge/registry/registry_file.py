@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from ollama_forge.errors import RegistryError
-from ollama_forge.files import disk_error, make_folder, place_copy, write_bytes
+from ollama_forge.files import disk_error, make_folder, place_copy, sweep_temp_files, write_bytes
 from ollama_forge.registry.document import Document, parse_document, render_document
 
 FILE_NAME = "model_registry.json"
@@ -61,6 +61,7 @@ def update_registry(path: Path, change: Callable[[Document], Document]) -> Docum
         DiskError: it cannot be written.
     """
     with lock_registry(path):
+        sweep_temp_files(path.parent)
         before = _read(path)
         document = change(Document() if before is None else parse_document(before, repr(str(path))))
         after = render_document(document)
