@@ -24,7 +24,10 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "convert": ("convert", "A Hugging Face folder becomes a GGUF file; or a GGUF file becomes an Ollama model."),
         "fetch-adapter": ("fetch_adapter", "A LoRA of the Hugging Face Hub, on a base of yours, in Ollama."),
         "hf-cache": ("hf_cache", "What the Hugging Face cache holds, and how to make room in it."),
-        "adapters": ("adapters", "Find a LoRA (search, recommend), see whether it fits (check), and change its format (convert)."),
+        "adapters": (
+            "adapters",
+            "Find a LoRA (search, recommend), see whether it fits (check), change its format (convert).",
+        ),
     },
     "make": {
         "create-from-base": (
