@@ -155,7 +155,7 @@ def parse_document(raw: bytes, source: str = "the registry") -> Document:
     """
     if len(raw) > LIMIT_BYTES:
         raise _broken(source, f"It has {len(raw):,} bytes; the limit is {LIMIT_BYTES:,}.")
-    if not raw.lstrip().startswith(b"["):
+    if not raw[:1024].lstrip().startswith(b"["):
         try:
             with _uncollected():
                 document = Document.model_validate_json(raw)
