@@ -22,6 +22,7 @@ from pathlib import Path
 import conversion
 import landing
 import startup
+import training
 from harness import FailedRunError, Job, Row, Workshop
 from peer_converter import find_llama_cpp
 
@@ -31,6 +32,7 @@ TOPICS = {
     "Convert and quantize": conversion.JOBS,
     "Land": landing.JOBS,
     "Begin": startup.JOBS,
+    "Train": training.JOBS,
 }
 
 

@@ -1,0 +1,72 @@
+"""Fine-tuning on the packed GGUF, beside transformers' `gguf_file=` (dequantized to float32) with peft."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from harness import Command, Job, Measurement, Row, Workshop, run_once, run_side_by_side, show_seconds
+
+SCRIPT = str(Path(__file__).resolve().with_name("train_steps.py"))
+N_STEPS = 2
+ROOM_BYTES = 1_200_000_000
+
+
+def measure_training(shop: Workshop) -> list[Row]:
+    """Load time, step time and peak memory of LoRA (rank 16, all linear layers) at 128 and 512 tokens."""
+    folder = shop.make("llama", f"llama-{shop.large_layers}", shop.large_layers)
+    path = shop.folder / f"llama-{shop.large_layers}-q4.gguf"
+    if not path.exists():
+        run_once(Command("make it", shop.forge("convert", str(folder), "-o", str(path), "--quant", "Q4_K_M")))
+    rows = []
+    for n_tokens, limit in ((128, 1.25), (512, 1.05)):
+        sides = [
+            Command(kind, shop.python(SCRIPT, kind, str(path), str(n_tokens), str(N_STEPS), str(shop.n_threads)))
+            for kind in ("packed", "dense")
+        ]
+        ours, theirs = run_side_by_side(sides, shop.repeats)
+        rows += _rows(n_tokens, limit, path.stat().st_size, ours, theirs)
+    return rows
+
+
+def _rows(n_tokens: int, limit: float, file_bytes: int, ours: Measurement, theirs: Measurement) -> list[Row]:
+    (load, step), (dense_load, dense_step) = _reported(ours), _reported(theirs)
+    most = file_bytes + ROOM_BYTES
+    memory, dense_memory = f"{ours.peak_bytes / 1e6:.0f} MB", f"{theirs.peak_bytes / 1e6:.0f} MB"
+    return [
+        Row(
+            f"load for training ({n_tokens} tokens)",
+            show_seconds(load),
+            f"transformers gguf_file=: {show_seconds(dense_load)}",
+            f"{dense_load / load:.1f}x as fast",
+            ">= 5x",
+            dense_load / load >= 5,
+        ),
+        Row(
+            f"LoRA step, {n_tokens} tokens",
+            show_seconds(step),
+            f"dense float32 + peft: {show_seconds(dense_step)}",
+            f"{step / dense_step:.2f}x its time",
+            f"<= {limit}x",
+            step / dense_step <= limit,
+        ),
+        Row(
+            f"peak memory, {n_tokens} tokens",
+            memory,
+            f"dense float32 + peft: {dense_memory}",
+            f"{ours.peak_bytes / theirs.peak_bytes:.2f}x",
+            f"<= file + 1.2 GB ({most / 1e6:.0f} MB)",
+            ours.peak_bytes <= most,
+            f"the file has {file_bytes / 1e6:.0f} MB",
+        ),
+    ]
+
+
+def _reported(measurement: Measurement) -> tuple[float, float]:
+    """(load, step) in seconds: of the run with the median step."""
+    documents = [json.loads(run.output.splitlines()[-1]) for run in measurement.runs]
+    chosen = sorted(documents, key=lambda document: float(document["step"]))[len(documents) // 2]
+    return float(chosen["load"]), float(chosen["step"])
+
+
+JOBS = (Job("training", measure_training),)
