@@ -1,7 +1,8 @@
 """The `general.*` fields: what the model card, the folder's name and generation_config.json say about a model.
 
 In: a model folder. Out: GGUF fields with the keys, types and values of llama.cpp's converter
-(gguf-py/gguf/metadata.py), except for the name of a model in a Hugging Face cache: see `model_id_of`.
+(gguf-py/gguf/metadata.py), except for a model in a Hugging Face cache: it has its repository's name, and says where it
+is from (`general.source.*`), so that its origin survives outside.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ _QUANTIZATION = re.compile(r"i?q\d(_\w)*|b?fp?(16|32)", re.IGNORECASE)
 _SIZE = re.compile(r"(([A]|\d+[x])?\d+([._]\d+)?[KMBT][\d]?|small|mini|medium|large|x?xl)", re.IGNORECASE)
 _TUNING = re.compile(r"chat|instruct|vision|lora", re.IGNORECASE)
 _KEPT_WORD = re.compile(r"(v\d+(?:\.\d+)*|\d.*)")
+HUB = "https://huggingface.co"
 HUB_URL = re.compile(r"https?://huggingface.co/([^/]+/[^/]+)")
 
 
@@ -125,6 +127,10 @@ def general_fields(
         _offer_parts(card, parse_model_name(own_name, parameters.total))
     _offer_parts(card, parse_model_name(model_id_of(folder), parameters.total))
     card.offer("name", folder.resolve().name)
+    repo, commit = snapshot_of(folder)
+    if repo:
+        card.offer("source.url", f"{HUB}/{repo}/tree/{commit}")
+        card.offer("source.repo_url", f"{HUB}/{repo}")
     if name is not None:
         card.values["name"] = name
     if parameters.total > 0:
@@ -147,11 +153,16 @@ def model_id_of(folder: Path) -> str:
 
     llama.cpp's converter names such a model by the snapshot's revision, 40 hexadecimal digits that say nothing.
     """
+    return snapshot_of(folder)[0] or folder.resolve().name
+
+
+def snapshot_of(folder: Path) -> tuple[str, str]:
+    """(`organization/repository`, commit) of a snapshot in a Hugging Face cache; two empty texts for other folders."""
     folder = folder.resolve()
     parts = folder.parent.parent.name.split("--")
     if folder.parent.name == "snapshots" and parts[0] == "models" and len(parts) > 1:
-        return "/".join(parts[1:])
-    return folder.name
+        return "/".join(parts[1:]), folder.name
+    return "", ""
 
 
 def read_front_matter(folder: Path) -> tuple[Mapping[str, Any], tuple[str, ...]]:

@@ -19,8 +19,9 @@ from ollama_forge.gguf.native import IMATRIX_TYPES, can_dequantize, can_quantize
 from ollama_forge.gguf.quantize import find_importance
 from ollama_forge.gguf.reader import GGUFFile, GGUFTensor
 from ollama_forge.gguf.types import GGMLType, row_bytes
-from ollama_forge.gguf.writer import Field, TensorEntry, copy_entry, from_reader, plan_layout
+from ollama_forge.gguf.writer import Field, TensorEntry, copy_entry, plan_layout
 from ollama_forge.transform.edits import Floats, LossMeter, RowChange, TensorEdit, TensorLoss, require_finite
+from ollama_forge.transform.origin import edited_fields
 
 # Rounds of steered rounding at most, how far each goes, the error in the change's directions at which a row is done (a
 # share of the change), and how much more error than plain rounding's a row may take for it.
@@ -103,7 +104,7 @@ def plan_gguf_edit(
         _require_codable(tensor, importance)
         job = _Job(source, origin, tensor, edit, importance, n_threads, losses.append)
         entries.append(TensorEntry(name, tensor.shape, tensor.type, job.chunks))
-    fields = [from_reader(entry) for key, entry in source.fields.items() if key not in _SPLIT_KEYS]
+    fields = edited_fields(source, without=_SPLIT_KEYS)
     return EditedGGUF(
         fields=tuple(fields),
         entries=tuple(entries),

@@ -12,7 +12,7 @@ float32. What llama.cpp would ignore (trained norms and heads, DoRA, biases, pos
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ from ollama_forge.gguf.native import quantize
 from ollama_forge.gguf.types import GGMLType, ValueType
 from ollama_forge.gguf.writer import Field, TensorEntry, array, float32, plan_layout, string, uint32
 from ollama_forge.transform.edits import Floats
+from ollama_forge.transform.origin import base_model_fields, hub_names
 from ollama_forge.weights.adapter_fit import FittedAdapter, FittedPair, is_vector
 
 EMBEDDING = "token_embd.weight"
@@ -209,7 +210,7 @@ def _fields(fitted: FittedAdapter, alpha: float) -> list[Field]:
     fields = [
         string("general.architecture", fitted.base.architecture),
         string("general.type", "adapter"),
-        *lineage_fields(hub_names(fitted.adapter.base_names)),
+        *base_model_fields(hub_names(fitted.adapter.base_names)),
         uint32("general.quantization_version", 2),
         string("adapter.type", "lora"),
         float32("adapter.lora.alpha", alpha),
@@ -217,26 +218,4 @@ def _fields(fitted: FittedAdapter, alpha: float) -> list[Field]:
     if fitted.adapter.invocation_tokens:
         tokens = fitted.adapter.invocation_tokens
         fields.append(array("adapter.alora.invocation_tokens", ValueType.UINT32, tokens))
-    return fields
-
-
-def hub_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Those that are names on the Hub; a path on somebody's disk says nothing to anybody else."""
-    return tuple(name for name in names if name.count("/") == 1 and not name.startswith((".", "/", "~")))
-
-
-def lineage_fields(names: Sequence[str]) -> list[Field]:
-    """`general.base_model.*` for names on the Hub."""
-    if not names:
-        return []
-    fields = [uint32("general.base_model.count", len(names))]
-    for number, name in enumerate(names):
-        organization, _, own = name.partition("/")
-        prefix = f"general.base_model.{number}."
-        words: Mapping[str, str] = {
-            "name": own,
-            "organization": organization,
-            "repo_url": f"https://huggingface.co/{name}",
-        }
-        fields += [string(prefix + key, value) for key, value in words.items()]
     return fields

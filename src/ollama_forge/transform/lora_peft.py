@@ -20,7 +20,7 @@ from ollama_forge.arch.rows import Role, TensorAddress, Transform
 from ollama_forge.errors import AdapterError
 from ollama_forge.gguf.writer import Sink
 from ollama_forge.transform.edits import Floats
-from ollama_forge.transform.lora_gguf import hub_names
+from ollama_forge.transform.origin import hub_names
 from ollama_forge.weights.adapter_fit import FittedAdapter, FittedPair, is_vector
 from ollama_forge.weights.adapter_peft import PREFIX
 
