@@ -1,6 +1,7 @@
 """`make bench`: measure every job beside the tool that a user would otherwise pick, and write `bench/RESULTS.md`.
 
     python bench/run.py                     # everything; about 20 minutes on two cores, 12 GB of disk
+    python bench/run.py --topic Train       # one topic; the other sections of RESULTS.md stay as they are
     python bench/run.py --only help list    # some jobs, printed and not written
     python bench/run.py --layers 2 --repeats 1 --print-only    # a quick look
 
@@ -40,6 +41,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     names = [job.name for jobs in TOPICS.values() for job in jobs]
     parser.add_argument("--only", nargs="+", choices=names, metavar="JOB", help=", ".join(names))
+    parser.add_argument("--topic", nargs="+", choices=TOPICS, metavar="TOPIC", help=", ".join(TOPICS))
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side (median)")
     parser.add_argument("--layers", type=int, default=22, help="size of the large model; 22 is 1.1 B parameters")
     parser.add_argument(
@@ -51,17 +53,19 @@ def main() -> int:
     folder = BENCH_DIR / "work"
     folder.mkdir(exist_ok=True)
     shop = Workshop(folder, options.repeats, options.layers, options.threads)
-    began, load_before = time.perf_counter(), os.getloadavg()[0]
-    sections = {}
+    sections: dict[str, str] = {}
     failed = False
-    for topic, jobs in TOPICS.items():
-        rows, broken = run_jobs([job for job in jobs if not options.only or job.name in options.only], shop)
+    for topic in options.topic or TOPICS:
+        began, load = time.perf_counter(), os.getloadavg()[0]
+        jobs = [job for job in TOPICS[topic] if not options.only or job.name in options.only]
+        rows, broken = run_jobs(jobs, shop)
         failed = failed or broken
         if rows:
-            sections[topic] = rows
+            sections[topic] = render_section(topic, rows, time.perf_counter() - began, load)
     if not options.keep:
         shutil.rmtree(folder)
-    text = render_results(sections, shop, time.perf_counter() - began, load_before)
+    known = read_sections() if options.topic else {}
+    text = render_results(known | sections, shop)
     print(text)
     if not (options.only or options.print_only or failed):
         RESULTS.write_text(text, "utf-8")
@@ -82,31 +86,42 @@ def run_jobs(jobs: list[Job], shop: Workshop) -> tuple[list[Row], bool]:
     return rows, failed
 
 
-def render_results(sections: dict[str, list[Row]], shop: Workshop, seconds: float, load_before: float) -> str:
+def read_sections() -> dict[str, str]:
+    """The topics of `RESULTS.md` as they stand, so that one topic can be measured again alone."""
+    if not RESULTS.exists():
+        return {}
+    parts = RESULTS.read_text("utf-8").split("\n## ")[1:]
+    return {part.splitlines()[0]: f"## {part}".rstrip() for part in parts}
+
+
+def render_results(sections: dict[str, str], shop: Workshop) -> str:
     lines = [
         "# What it costs, beside what you would otherwise use",
         "",
-        f"Written by `make bench` in {seconds / 60:.0f} minutes. Medians of {shop.repeats} runs or more; the sides "
-        "take turns; wall time of whole processes, start-up included; memory is the process's high-water mark.",
+        f"Written by `make bench`. Medians of {shop.repeats} runs or more; the sides take turns; wall time of whole "
+        "processes, start-up included; memory is the process's high-water mark.",
         "",
         f"- Machine: {describe_machine()}; {shop.n_threads} threads for every tool that takes the number.",
-        f"- Other work on it: load average {load_before:.1f} before the first run.",
         f"- Here: {'; '.join(present_peers())}.",
         f"- Absent: {'; '.join(absent_peers()) or 'none'}.",
     ]
-    for topic, rows in sections.items():
-        lines += [
-            "",
-            f"## {topic}",
-            "",
-            "| job | ours | beside | ratio | promised | held |",
-            "|---|---|---|---|---|---|",
-        ]
-        for row in rows:
-            held = {True: "yes", False: "**no**", None: ""}[row.held]
-            lines.append(f"| {row.job} | {row.ours} | {row.beside} | {row.ratio} | {row.target} | {held} |")
-        lines += ["", *(f"- {row.job}: {row.note}." for row in rows if row.note)]
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(["\n".join(lines), *(sections[topic] for topic in TOPICS if topic in sections)]) + "\n"
+
+
+def render_section(topic: str, rows: list[Row], seconds: float, load_before: float) -> str:
+    lines = [
+        f"## {topic}",
+        "",
+        f"Measured in {seconds / 60:.0f} minutes; load average {load_before:.1f} before the first run.",
+        "",
+        "| job | ours | beside | ratio | promised | held |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        held = {True: "yes", False: "**no**", None: ""}[row.held]
+        lines.append(f"| {row.job} | {row.ours} | {row.beside} | {row.ratio} | {row.target} | {held} |")
+    notes = [f"- {row.job}: {row.note}." for row in rows if row.note]
+    return "\n".join([*lines, *(["", *notes] if notes else [])])
 
 
 def describe_machine() -> str:
