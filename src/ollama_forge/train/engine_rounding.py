@@ -1,0 +1,92 @@
+"""The rounding of llama.cpp's matrix products, in packed layers: what numbers are rounded to before they meet blocks.
+
+llama.cpp does not multiply a quantized matrix by float32: on the processor it first rounds each row of numbers to the
+type that the matrix's product wants (ggml's `vec_dot_type`): 8-bit integers with a scale for 32 or 256 numbers, or 16
+bits. For matrices of 8 bits this rounding costs about as much as the quantization itself, so a measurement without it
+is not what a person gets who runs the model.
+
+In: a packed model. Out: the same model whose layers round what they are given, as long as a block runs. Facts: ggml,
+src/ggml-cpu/ggml-cpu.c (type_traits_cpu) and src/ggml-quants.c (quantize_row_q8_0_ref, quantize_row_q8_K_ref), b11549.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ollama_forge.gguf.types import GGMLType
+from ollama_forge.train.load import PackedModel
+from ollama_forge.train.packed import PackedLinear
+
+_SMALL_BLOCK = 32
+_LARGE_BLOCK = 256
+
+
+def round_to_8_bits(x: torch.Tensor) -> torch.Tensor:
+    """ggml's Q8_0: blocks of 32 numbers, each a multiple of the largest over 127, that step kept in 16 bits.
+
+    Args:
+        x: float [..., columns], columns a multiple of 32.
+    """
+    blocks = x.float().unflatten(-1, (-1, _SMALL_BLOCK))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > 0, 127.0 / largest, 0.0)
+    return (torch.round(blocks * inverse) * (largest / 127.0).half().float()).flatten(-2)
+
+
+def round_to_8_bits_in_256(x: torch.Tensor) -> torch.Tensor:
+    """ggml's Q8_K: blocks of 256 numbers, steps such that the number that lies farthest from 0 becomes -127.
+
+    Args:
+        x: float [..., columns], columns a multiple of 256.
+    """
+    blocks = x.float().unflatten(-1, (-1, _LARGE_BLOCK))
+    farthest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    inverse = torch.where(farthest != 0, -127.0 / farthest, 0.0)
+    step = torch.where(farthest != 0, 1.0 / inverse, 0.0)
+    return (torch.round(blocks * inverse).clamp_(max=127) * step).flatten(-2)
+
+
+def _round_to_half(x: torch.Tensor) -> torch.Tensor:
+    return x.half().float()
+
+
+def _round_to_bfloat(x: torch.Tensor) -> torch.Tensor:
+    return x.bfloat16().float()
+
+
+_SMALL = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "NVFP4", "Q1_0")
+
+
+def rounding_of(type: GGMLType) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What is done to the numbers before they meet a matrix of this type; None for float32."""
+    if type is GGMLType.F32:
+        return None
+    if type is GGMLType.F16:
+        return _round_to_half
+    if type is GGMLType.BF16:
+        return _round_to_bfloat
+    return round_to_8_bits if type.name in _SMALL else round_to_8_bits_in_256
+
+
+@contextlib.contextmanager
+def engine_rounding(packed: PackedModel) -> Iterator[None]:
+    """Inside the block every packed linear layer rounds its input as llama.cpp does on the processor."""
+    with contextlib.ExitStack() as undo:
+        for module in packed.model.modules():
+            if isinstance(module, PackedLinear):
+                rounding = rounding_of(module.matrix.type)
+                if rounding is not None:
+                    undo.callback(module.register_forward_pre_hook(_hook(rounding)).remove)
+        yield
+
+
+def _hook(rounding: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
+    def rounded(_layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (rounding(inputs[0]).to(inputs[0].dtype), *inputs[1:])
+
+    return rounded
