@@ -26,6 +26,7 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+WIDE_VOCABULARY = 150_000
 SPECIAL_TOKENS = ("<|begin|>", "<|end|>")
 
 
@@ -304,6 +305,8 @@ def main() -> None:
     what, path, number = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     if what == "llama":
         write_llama_folder(path, LlamaShape(n_layers=number))
+    elif what == "wide-llama":
+        write_llama_folder(path, LlamaShape(n_layers=number, vocabulary=WIDE_VOCABULARY))
     elif what == "vocabulary":
         write_vocabulary_gguf(path, number)
     else:

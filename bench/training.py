@@ -14,28 +14,40 @@ ROOM_BYTES = 1_200_000_000
 
 def measure_training(shop: Workshop) -> list[Row]:
     """Load time, step time and peak memory of LoRA (rank 16, all linear layers) at 128 and 512 tokens."""
-    folder = shop.make("llama", f"llama-{shop.large_layers}", shop.large_layers)
-    path = shop.folder / f"llama-{shop.large_layers}-q4.gguf"
+    path = _quantized(shop, "llama", shop.large_layers)
+    return [*_measure(shop, path, 128, 1.25, "128 tokens"), *_measure(shop, path, 512, 1.05, "512 tokens")]
+
+
+def measure_wide_training(shop: Workshop) -> list[Row]:
+    """The same with a vocabulary of 150,000 tokens, in a few layers: here the head and its logits are what costs."""
+    path = _quantized(shop, "wide-llama", max(1, shop.large_layers // 5))
+    return _measure(shop, path, 512, 1.05, "512 tokens, vocabulary of 150,000")
+
+
+def _quantized(shop: Workshop, what: str, n_layers: int) -> Path:
+    folder = shop.make(what, f"{what}-{n_layers}", n_layers)
+    path = shop.folder / f"{what}-{n_layers}-q4.gguf"
     if not path.exists():
         run_once(Command("make it", shop.forge("convert", str(folder), "-o", str(path), "--quant", "Q4_K_M")))
-    rows = []
-    for n_tokens, limit in ((128, 1.25), (512, 1.05)):
-        sides = [
-            Command(kind, shop.python(SCRIPT, kind, str(path), str(n_tokens), str(N_STEPS), str(shop.n_threads)))
-            for kind in ("packed", "dense")
-        ]
-        ours, theirs = run_side_by_side(sides, shop.repeats)
-        rows += _rows(n_tokens, limit, path.stat().st_size, ours, theirs)
-    return rows
+    return path
 
 
-def _rows(n_tokens: int, limit: float, file_bytes: int, ours: Measurement, theirs: Measurement) -> list[Row]:
+def _measure(shop: Workshop, path: Path, n_tokens: int, limit: float, label: str) -> list[Row]:
+    sides = [
+        Command(kind, shop.python(SCRIPT, kind, str(path), str(n_tokens), str(N_STEPS), str(shop.n_threads)))
+        for kind in ("packed", "dense")
+    ]
+    ours, theirs = run_side_by_side(sides, shop.repeats)
+    return _rows(label, limit, path.stat().st_size, ours, theirs)
+
+
+def _rows(label: str, limit: float, file_bytes: int, ours: Measurement, theirs: Measurement) -> list[Row]:
     (load, step), (dense_load, dense_step) = _reported(ours), _reported(theirs)
     most = file_bytes + ROOM_BYTES
     memory, dense_memory = f"{ours.peak_bytes / 1e6:.0f} MB", f"{theirs.peak_bytes / 1e6:.0f} MB"
     return [
         Row(
-            f"load for training ({n_tokens} tokens)",
+            f"load for training ({label})",
             show_seconds(load),
             f"transformers gguf_file=: {show_seconds(dense_load)}",
             f"{dense_load / load:.1f}x as fast",
@@ -43,7 +55,7 @@ def _rows(n_tokens: int, limit: float, file_bytes: int, ours: Measurement, their
             dense_load / load >= 5,
         ),
         Row(
-            f"LoRA step, {n_tokens} tokens",
+            f"LoRA step, {label}",
             show_seconds(step),
             f"dense float32 + peft: {show_seconds(dense_step)}",
             f"{step / dense_step:.2f}x its time",
@@ -51,7 +63,7 @@ def _rows(n_tokens: int, limit: float, file_bytes: int, ours: Measurement, their
             step / dense_step <= limit,
         ),
         Row(
-            f"peak memory, {n_tokens} tokens",
+            f"peak memory, {label}",
             memory,
             f"dense float32 + peft: {dense_memory}",
             f"{ours.peak_bytes / theirs.peak_bytes:.2f}x",
@@ -69,4 +81,4 @@ def _reported(measurement: Measurement) -> tuple[float, float]:
     return float(chosen["load"]), float(chosen["step"])
 
 
-JOBS = (Job("training", measure_training),)
+JOBS = (Job("training", measure_training), Job("wide-training", measure_wide_training))
