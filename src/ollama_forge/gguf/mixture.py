@@ -336,11 +336,13 @@ def _require_imatrix(choices: Sequence[Choice], options: QuantizeOptions) -> Non
                 f"{file_type_name(options.file_type)} needs an importance matrix: {choice.name!r} would become "
                 f"{choice.type.name}",
                 why="So few bits make garbage unless the quantizer knows which columns matter.",
-                next="Add --imatrix FILE (made by llama-imatrix from this model), or a larger type: --type q3_k_m.",
+                next="Make one (ollama-forge imatrix REF -o imatrix.gguf) and add --imatrix imatrix.gguf; or take a "
+                "larger type: --type q3_k_m",
             )
         if choice.is_changed and choice.name not in options.imatrix.entries:
             raise FormatError(
                 f"The importance matrix has nothing for {choice.name!r}, which would become {choice.type.name}",
                 why="So few bits make garbage unless the quantizer knows which columns matter.",
-                next="Use an importance matrix made from this model, or give it a larger type with --tensor-type.",
+                next="Make one from this model (ollama-forge imatrix REF -o imatrix.gguf), or give the tensor a larger "
+                "type with --tensor-type.",
             )

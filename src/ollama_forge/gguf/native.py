@@ -128,7 +128,8 @@ def quantize(rows: Floats, type: GGMLType, imatrix: Floats | None = None, n_thre
         raise UnsupportedError(
             f"{type.name} cannot be made without an importance matrix",
             why="At so few bits ggml must know which columns matter.",
-            next="Add --imatrix FILE (made by llama-imatrix), or choose a larger type such as iq4_xs.",
+            next="Make one (ollama-forge imatrix REF -o imatrix.gguf) and add --imatrix imatrix.gguf, or choose a "
+            "larger type such as iq4_xs.",
         )
     kernel = _quantize_kernel(type, imatrix)
     largest = 0.0 if imatrix is None or not imatrix.size else float(imatrix.max())
@@ -336,12 +337,12 @@ def _checked_imatrix(imatrix: Floats, n_columns: int) -> Floats:
         raise GGUFError(
             f"The importance matrix has {imatrix.shape[0]} columns and the tensor has {n_columns}",
             why="It was made for another model.",
-            next="Make one from this model with llama-imatrix.",
+            next="Make one from this model: ollama-forge imatrix REF -o imatrix.gguf",
         )
     if not (np.isfinite(imatrix).all() and (imatrix >= 0).all()):
         raise GGUFError(
             "The importance matrix holds negative numbers, NaN or infinity",
-            next="Make it again with llama-imatrix, from more text.",
+            next="Make it again, from more text: ollama-forge imatrix REF --text FILE -o imatrix.gguf",
         )
     return imatrix
 
@@ -360,5 +361,5 @@ def _require_encodable(part: Floats, type: GGMLType, largest_importance: float) 
             f"The importance matrix (up to {largest_importance:g}) is too large for these weights "
             f"(up to {max(high, -low):g})",
             why="ggml's sums would overflow.",
-            next="Make it again with llama-imatrix, or quantize without it.",
+            next="Make it again (ollama-forge imatrix REF -o imatrix.gguf), or quantize without it.",
         )

@@ -190,7 +190,7 @@ def find_importance(imatrix: Imatrix | None, name: str, shape: Sequence[int]) ->
     raise FormatError(
         f"The importance matrix {imatrix.file_name!r} has {found} columns for {name!r}, and the tensor has {expected}",
         why="It was made from another model.",
-        next="Make one from this model with llama-imatrix, or quantize without --imatrix.",
+        next="Make one from this model (ollama-forge imatrix REF -o imatrix.gguf), or quantize without --imatrix.",
     )
 
 

@@ -126,7 +126,8 @@ def _require_codable(tensor: GGUFTensor, importance: Floats | None) -> None:
         raise UnsupportedError(
             f"{tensor.name!r} is {tensor.type.name}, which cannot be encoded again without an importance matrix",
             why="At so few bits ggml must know which columns matter.",
-            next="Add --imatrix FILE (made by llama-imatrix), or land the adapter as a layer instead of merging it.",
+            next="Make one (ollama-forge imatrix REF -o imatrix.gguf) and add --imatrix imatrix.gguf, or land the "
+            "adapter as a layer instead of merging it.",
         )
 
 
