@@ -1,0 +1,115 @@
+"""A GGUF made ready to be scored: packed, with its adapters on, on the right device, rounding as the engine does.
+
+In: open GGUF files and fitted adapters. Out: packed models for `train.scoring`, as long as a block runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from ollama_forge.dataset.windows import Window
+from ollama_forge.errors import UsageError
+from ollama_forge.gguf.reader import GGUFFile, open_gguf
+from ollama_forge.train.attach import attached
+from ollama_forge.train.engine_rounding import engine_rounding
+from ollama_forge.train.load import PackedModel, load_packed
+from ollama_forge.train.scoring import N_WORST, Comparison, compare
+from ollama_forge.weights.adapter_fit import FittedAdapter
+
+SMALL_MODEL_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """How models are run when they are scored.
+
+    Attributes:
+        is_exact: multiply by float32 activations instead of rounding them as llama.cpp does.
+        device: `auto`, `cpu` or `cuda`.
+    """
+
+    is_exact: bool = False
+    device: str = "auto"
+
+
+@contextlib.contextmanager
+def scored_model(
+    source: Path | GGUFFile, adapters: Sequence[FittedAdapter] = (), options: ScoreOptions | None = None
+) -> Iterator[PackedModel]:
+    """Load a model for scoring; a path is opened and closed again.
+
+    Raises:
+        UsageError: `cuda` is asked for and not there.
+        As `load.load_packed` and `attach.attached`.
+    """
+    with contextlib.ExitStack() as undo:
+        gguf = source if isinstance(source, GGUFFile) else undo.enter_context(open_gguf(source))
+        undo.enter_context(_few_threads(gguf.size_bytes))
+        yield undo.enter_context(_made_ready(gguf, adapters, options or ScoreOptions()))
+
+
+@contextlib.contextmanager
+def _made_ready(gguf: GGUFFile, adapters: Sequence[FittedAdapter], options: ScoreOptions) -> Iterator[PackedModel]:
+    has_cuda = torch.cuda.is_available()
+    if options.device == "cuda" and not has_cuda:
+        raise UsageError("There is no CUDA device here", next="Leave --device out, or use --device cpu.")
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(_quiet())
+        packed = load_packed(gguf)
+        if has_cuda and options.device != "cpu":
+            packed.model.to("cuda")  # type: ignore[arg-type]
+        undo.enter_context(attached(packed, adapters))
+        if not options.is_exact:
+            undo.enter_context(engine_rounding(packed))
+        yield packed
+
+
+def compare_files(
+    this: GGUFFile,
+    against: GGUFFile,
+    windows: Sequence[Window],
+    *,
+    adapters: tuple[Sequence[FittedAdapter], Sequence[FittedAdapter]] = ((), ()),
+    options: ScoreOptions | None = None,
+    n_worst: int = N_WORST,
+    advance: Callable[[int], None] | None = None,
+) -> Comparison:
+    """`scoring.compare` of two open files, each with its adapters."""
+    options = options or ScoreOptions()
+    with (
+        _few_threads(max(this.size_bytes, against.size_bytes)),
+        _made_ready(this, adapters[0], options) as first,
+        _made_ready(against, adapters[1], options) as second,
+    ):
+        return compare(first, second, windows, n_worst=n_worst, advance=advance)
+
+
+@contextlib.contextmanager
+def _few_threads(size_bytes: int) -> Iterator[None]:
+    """One thread where a model fits the processor's cache: waiting for each other costs more than threads bring."""
+    before = torch.get_num_threads()
+    if size_bytes < SMALL_MODEL_BYTES:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            yield
+    finally:
+        transformers_logging.set_verbosity(before)
