@@ -17,6 +17,9 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "begin": {
         "demo": ("demo", "See the whole way once: import, quantize, land, customise, run."),
         "check": ("check", "What is here: engine, store, server, extras, disk; and the next step for each."),
+        "doctor": ("doctor", "A deep look at all that is here; mends what a command can mend, with --fix."),
+        "wizard": ("wizard", "One sitting: choose a model, a name and a job; see whether it fits; run it."),
+        "setup-llama-cpp": ("setup_llama_cpp", "llama.cpp's own programs, built from a pinned tag; never needed."),
     },
     "get": {
         "fetch": ("fetch", "A GGUF of the Hugging Face Hub becomes a model in Ollama: the best that fits, verified."),

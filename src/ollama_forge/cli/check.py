@@ -7,32 +7,32 @@ from pathlib import Path
 import click
 
 from ollama_forge.cli.console import Console
+from ollama_forge.cli.doctor import document, exit_code, fix_options, mend, show_findings
 from ollama_forge.cli.options import console_options, store_option
 
-_SIGNS = {"ok": ("✓", "green"), "optional": ("·", "yellow"), "missing": ("✗", "red")}
 
-
-@click.command("check", epilog="Example: ollama-forge check --json")
+@click.command("check", epilog="Example: ollama-forge check --json   (ollama-forge doctor looks deeper)")
+@fix_options
+@click.option("-y", "--yes", is_flag=True, help="With --fix: do not ask.")
 @store_option
 @console_options
-def command(store_path: Path | None, console: Console) -> int:
+def command(
+    fix: bool, fix_llama_cpp: bool, llama_cpp_dir: Path | None, yes: bool, store_path: Path | None, console: Console
+) -> int:
     """What is here: engine, store and its path, server and its version, extras, disk. Exit 1 if a need is missing."""
-    from ollama_forge.jobs.environment import State, inspect_environment
+    if fix or fix_llama_cpp:
+        from ollama_forge.jobs.doctor import diagnose
+
+        return mend(
+            console,
+            diagnose(store_path),
+            llama_cpp=fix_llama_cpp,
+            llama_cpp_dir=llama_cpp_dir,
+            yes=yes,
+            store_path=store_path,
+        )
+    from ollama_forge.jobs.environment import inspect_environment
 
     findings = inspect_environment(store_path)
-
-    def show() -> None:
-        width = max(len(finding.name) for finding in findings)
-        for finding in findings:
-            sign, colour = _SIGNS[finding.state.value]
-            console.line(f"{click.style(sign, fg=colour)} {finding.name:<{width}}  {finding.detail}")
-            if finding.next:
-                console.line(f"  {'':<{width}}  next: {finding.next}")
-
-    missing = [finding.name for finding in findings if finding.state is State.MISSING]
-    document = {
-        "ok": not missing,
-        "findings": [{"name": f.name, "state": f.state.value, "detail": f.detail, "next": f.next} for f in findings],
-    }
-    console.result(document, show)
-    return 1 if missing else 0
+    console.result(document(findings), lambda: show_findings(console, findings))
+    return exit_code(findings)

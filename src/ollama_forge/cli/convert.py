@@ -18,7 +18,8 @@ from ollama_forge.cli.quantize import report_converted
 from ollama_forge.errors import UsageError
 
 if TYPE_CHECKING:
-    from ollama_forge.jobs.landing import LandOptions
+    from ollama_forge.gguf.quantize import QuantizeOptions
+    from ollama_forge.jobs.landing import LandedModel, LandOptions
     from ollama_forge.store.modelfile import Modelfile
 
 CONVERTERS = ("builtin", "llama.cpp")
@@ -31,7 +32,7 @@ CONVERTERS = ("builtin", "llama.cpp")
 )
 @click.argument("source", required=False)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The GGUF file to write.")
-@click.option("--gguf", type=click.Path(path_type=Path), help="A GGUF file that becomes the Ollama model --name.")
+@click.option("--gguf", type=click.Path(path_type=Path), help="A GGUF file (or a model) that becomes --name in Ollama.")
 @click.option("--name", help="The Ollama model to make.")
 @click.option("--outtype", type=click.Choice(OUTTYPES, case_sensitive=False), default="auto", show_default=True)
 @click.option("--quant", "--quantize", "quant", metavar="TYPE", help="Quantize in the same pass: Q4_K_M, Q8_0, ...")
@@ -62,6 +63,7 @@ def command(
     from ollama_forge.jobs import conversion, landing
     from ollama_forge.jobs.creation import Creation, create_model
     from ollama_forge.jobs.resolve import resolve_folder
+    from ollama_forge.source.ref import looks_like_path
 
     if (source is None) == (gguf is None):
         raise UsageError(
@@ -81,10 +83,11 @@ def command(
                 if output is None
                 else f"ollama-forge quantize {gguf} -o {output} --type Q4_K_M",
             )
+        base = str(gguf.absolute()) if gguf.exists() or looks_like_path(str(gguf)) else str(gguf)
         if quantize is None:
-            landed = create_model(Creation(str(gguf.absolute()), changes, adapters), name, options)
+            landed = create_model(Creation(base, changes, adapters), name, options)
         else:
-            landed = landing.land_gguf(gguf, name, changes, options, adapters=adapters, quantize=quantize)
+            landed = _land_smaller(base, name, changes, options, adapters, quantize)
         report_landed(console, landed)
         return
     assert source is not None
@@ -112,3 +115,33 @@ def command(
         return
     landed = landing.land_gguf(output, name, changes, options, adapters=adapters)
     report_landed(console, landed, {"converted": document})
+
+
+def _land_smaller(
+    base: str,
+    name: str,
+    changes: Modelfile,
+    options: LandOptions,
+    adapters: tuple[Path, ...],
+    quantize: QuantizeOptions,
+) -> LandedModel:
+    """A GGUF quantized into the store; an Ollama model keeps its Modelfile, adapters and projector."""
+    from ollama_forge.jobs.landing import land_gguf
+    from ollama_forge.jobs.merging import inherited
+    from ollama_forge.jobs.resolve import resolve
+
+    model = resolve(base, options.store_path)
+    if model.gguf_path is None:
+        raise UsageError(
+            f"{base!r} is a Hugging Face folder, not a GGUF",
+            next=f"ollama-forge import {base} --name {name} --quant {quantize.file_type.name}",
+        )
+    return land_gguf(
+        model.gguf_path,
+        name,
+        inherited(model, changes),
+        options,
+        adapters=(*model.adapters, *adapters),
+        quantize=quantize,
+        projector=model.installed.projector if model.installed else None,
+    )

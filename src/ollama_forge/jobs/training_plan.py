@@ -12,7 +12,7 @@ from typing import Any
 from ollama_forge.arch.families import find_family_by_gguf
 from ollama_forge.dataset.tokenize import TokenizedDataset
 from ollama_forge.gguf.reader import GGUFFile
-from ollama_forge.jobs.environment import available_memory_bytes
+from ollama_forge.jobs.environment import available_memory_bytes, fit_light
 from ollama_forge.train.options import LoopOptions, LoraOptions, plan_steps
 
 RUNTIME_BYTES = 650 << 20  # torch, transformers, peft and TRL once they are imported
@@ -48,10 +48,7 @@ class TrainingPlan:
 
     @property
     def light(self) -> str:
-        if self.available_bytes is None:
-            return "unknown"
-        share = self.memory_bytes / max(1, self.available_bytes)
-        return "green" if share < 0.7 else "yellow" if share < 0.95 else "red"
+        return fit_light(self.memory_bytes, self.available_bytes)
 
     def document(self) -> dict[str, Any]:
         """The JSON form."""
@@ -85,7 +82,6 @@ def plan_training(
 ) -> TrainingPlan:
     """The sums of a run over a GGUF."""
     length = max((len(row.input_ids) for row in train.rows), default=1)
-    n_trained = _count_lora(gguf, lora)
     return TrainingPlan(
         base=base,
         family=find_family_by_gguf(gguf.architecture).name,
@@ -97,15 +93,30 @@ def plan_training(
         n_truncated=train.n_truncated,
         longest=train.longest,
         steps=plan_steps(len(train.rows), loop),
-        n_trained_parameters=n_trained,
-        memory_bytes=gguf.size_bytes
-        + RUNTIME_BYTES
-        + WORKSPACE_BYTES
-        + n_trained * _FLOAT_BYTES * _OPTIMIZER_FLOATS
-        + _activation_bytes(gguf, length * loop.batch_size, checkpointing=loop.checkpointing),
+        n_trained_parameters=_count_lora(gguf, lora),
+        memory_bytes=sum(training_memory(gguf, lora, length * loop.batch_size, loop.checkpointing).values()),
         available_bytes=available_memory_bytes(),
         folder=folder,
     )
+
+
+def training_memory(gguf: GGUFFile, lora: LoraOptions, n_positions: int, checkpointing: bool = True) -> dict[str, int]:
+    """Bytes by what they are for, when `n_positions` tokens are trained on at once."""
+    return {
+        "weights": gguf.size_bytes,
+        "runtime": RUNTIME_BYTES + WORKSPACE_BYTES,
+        "optimizer": _count_lora(gguf, lora) * _FLOAT_BYTES * _OPTIMIZER_FLOATS,
+        "activations": _activation_bytes(gguf, n_positions, checkpointing=checkpointing),
+    }
+
+
+def forward_memory(gguf: GGUFFile, n_positions: int) -> dict[str, int]:
+    """Bytes by what they are for, when `n_positions` tokens only go through the packed model, one block at a time."""
+    return {
+        "weights": gguf.size_bytes,
+        "runtime": RUNTIME_BYTES + WORKSPACE_BYTES,
+        "activations": _block_bytes(gguf, n_positions),
+    }
 
 
 def _count_lora(gguf: GGUFFile, lora: LoraOptions) -> int:
@@ -120,13 +131,16 @@ def _count_lora(gguf: GGUFFile, lora: LoraOptions) -> int:
 
 def _activation_bytes(gguf: GGUFFile, n_positions: int, *, checkpointing: bool) -> int:
     """With recomputation every block keeps its input, and one block at a time everything; without it, all blocks do."""
+    blocks = int(gguf.arch_value("block_count", 1))
+    kept = n_positions * int(gguf.arch_value("embedding_length", 0)) * _FLOAT_BYTES * blocks
+    return kept + _block_bytes(gguf, n_positions) * (2 if checkpointing else blocks)
+
+
+def _block_bytes(gguf: GGUFFile, n_positions: int) -> int:
     width = int(gguf.arch_value("embedding_length", 0))
     inner = gguf.arch_value("feed_forward_length", 4 * width)
     inner = max(inner) if not isinstance(inner, int) else inner
     heads = gguf.arch_value("attention.head_count", 1)
     heads = max(heads) if not isinstance(heads, int) else heads
-    blocks = int(gguf.arch_value("block_count", 1))
-    one_block = n_positions * (_BLOCK_ROWS * width + 4 * int(inner)) * _FLOAT_BYTES
-    one_block += n_positions * n_positions * int(heads) * _FLOAT_BYTES
-    kept = n_positions * width * _FLOAT_BYTES * blocks
-    return kept + one_block * (2 if checkpointing else blocks)
+    rows = n_positions * (_BLOCK_ROWS * width + 4 * int(inner)) * _FLOAT_BYTES
+    return rows + n_positions * n_positions * int(heads) * _FLOAT_BYTES
