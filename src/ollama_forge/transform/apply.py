@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,18 @@ from ollama_forge.gguf.quantize import find_importance
 from ollama_forge.gguf.reader import GGUFFile, GGUFTensor
 from ollama_forge.gguf.types import GGMLType, row_bytes
 from ollama_forge.gguf.writer import Field, TensorEntry, copy_entry, plan_layout
-from ollama_forge.transform.edits import Floats, LossMeter, RowChange, TensorEdit, TensorLoss, require_finite
+from ollama_forge.transform.columns import edit_outputs
+from ollama_forge.transform.edits import (
+    Floats,
+    LossMeter,
+    OutputEdit,
+    RowChange,
+    TensorEdit,
+    TensorLoss,
+    require_finite,
+)
 from ollama_forge.transform.origin import edited_fields
+from ollama_forge.transform.steering import store_rows
 
 # Rounds of steered rounding at most, how far each goes, the error in the change's directions at which a row is done (a
 # share of the change), and how much more error than plain rounding's a row may take for it.
@@ -66,7 +76,7 @@ class EditedGGUF:
 
 def plan_gguf_edit(
     source: GGUFFile,
-    edits: Sequence[TensorEdit],
+    edits: Sequence[TensorEdit | OutputEdit],
     *,
     additions: Sequence[Addition] = (),
     imatrix: Imatrix | None = None,
@@ -102,8 +112,13 @@ def plan_gguf_edit(
         tensor = replace(source.find_tensor(origin), name=name)
         importance = find_importance(imatrix, name, tensor.shape)
         _require_codable(tensor, importance)
-        job = _Job(source, origin, tensor, edit, importance, n_threads, losses.append)
-        entries.append(TensorEntry(name, tensor.shape, tensor.type, job.chunks))
+        if isinstance(edit, OutputEdit):
+            chunks: Callable[[], Iterator[Any]] = partial(
+                _edited_outputs, source, origin, tensor, edit, importance, n_threads, losses.append
+            )
+        else:
+            chunks = _Job(source, origin, tensor, edit, importance, n_threads, losses.append).chunks
+        entries.append(TensorEntry(name, tensor.shape, tensor.type, chunks))
     fields = edited_fields(source, without=_SPLIT_KEYS)
     return EditedGGUF(
         fields=tuple(fields),
@@ -129,6 +144,24 @@ def _require_codable(tensor: GGUFTensor, importance: Floats | None) -> None:
             next="Make one (ollama-forge imatrix REF -o imatrix.gguf) and add --imatrix imatrix.gguf, or land the "
             "adapter as a layer instead of merging it.",
         )
+
+
+def _edited_outputs(
+    source: GGUFFile,
+    origin: str,
+    tensor: GGUFTensor,
+    edit: OutputEdit,
+    importance: Floats | None,
+    n_threads: int | None,
+    report: Callable[[TensorLoss], None],
+) -> Iterator[Any]:
+    """The encoded bytes of a matrix, or of a stack of them, one after the other."""
+    meter = LossMeter(tensor.name, tensor.type.name)
+    view = source.read(origin)
+    yield from edit_outputs(view, tensor.type, tensor.shape, edit, meter, importance=importance, n_threads=n_threads)
+    view.release()
+    source.release(origin)
+    report(meter.result())
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,8 +214,10 @@ class _Job:
         So the error that the stored weights make in the directions of the change is added to what is rounded, again
         and again: each weight still is one of its two neighbours or so, but their sum along these directions is kept.
         """
-        encoded, stored = self._stored(wanted, weights)
         basis = self._basis
+        if basis is not None and self.edit.is_precise:
+            return store_rows(wanted, before, self.tensor.type, basis, weights, self.n_threads)
+        encoded, stored = self._stored(wanted, weights)
         if basis is None:
             return encoded, stored
         goal = FEEDBACK_GOAL * np.linalg.norm((wanted - before) @ basis.T, axis=1)

@@ -21,6 +21,10 @@ RowChange = Callable[[int, Floats], Floats]
 """`change(first, rows)`: the new numbers of rows `first`, `first + 1`, ... Rows are counted through all leading axes; a
 vector is one row. It may not keep or change what it is given."""
 
+ColumnChange = Callable[[int, int, Floats], Floats]
+"""`change(matrix, first, columns)`: the new numbers of columns `first`, `first + 1`, ... with all their rows. Matrices
+of a stack are counted from 0. It may not keep or change what it is given."""
+
 
 @dataclass(frozen=True, eq=False)
 class TensorEdit:
@@ -31,11 +35,30 @@ class TensorEdit:
         open: called when the tensor's turn comes; what it loads is given back when the tensor is done.
         inputs: the directions [k, columns] of the input in which the change acts, where there are few of them; storing
             the tensor then keeps what it does to these directions (see `apply`).
+        is_precise: it keeps that as exactly as its type can, in 16-bit types too (see `steering`; the directions are
+            orthonormal then). Without, 16-bit weights are the nearest ones, and packed ones are steered a little.
     """
 
     name: str
     open: Callable[[], RowChange] = field(repr=False)
     inputs: Callable[[], Floats] | None = field(default=None, repr=False)
+    is_precise: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class OutputEdit:
+    """What happens to one stored matrix (or each of a stack) where the change mixes its rows.
+
+    Attributes:
+        name: as its file spells it.
+        open: called when the tensor's turn comes; what it loads is given back when the tensor is done.
+        outputs: the directions [k, rows] of the output in which the change acts, where there are few of them; storing
+            the tensor then keeps what it gives in these directions (see `columns`).
+    """
+
+    name: str
+    open: Callable[[], ColumnChange] = field(repr=False)
+    outputs: Callable[[], Floats] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,9 @@ from ollama_forge.files import (
 )
 from ollama_forge.gguf.native import quantize
 from ollama_forge.gguf.types import GGMLType
-from ollama_forge.transform.edits import LossMeter, TensorEdit, TensorLoss, require_finite
+from ollama_forge.transform.columns import edit_outputs
+from ollama_forge.transform.edits import LossMeter, OutputEdit, TensorEdit, TensorLoss, require_finite
+from ollama_forge.transform.steering import store_rows
 from ollama_forge.weights.checkpoint import Checkpoint
 from ollama_forge.weights.decode import SAME_BYTES, decode
 from ollama_forge.weights.header import SafetensorsTensor
@@ -49,7 +51,7 @@ def size_of_edited(checkpoint: Checkpoint) -> int:
 
 def write_edited_folder(
     checkpoint: Checkpoint,
-    edits: Sequence[TensorEdit],
+    edits: Sequence[TensorEdit | OutputEdit],
     target: Path,
     *,
     overwrite: bool = False,
@@ -165,7 +167,7 @@ def _write_shard(
     source: SafetensorsFolder,
     path: Path,
     target: Path,
-    wanted: dict[str, TensorEdit],
+    wanted: dict[str, TensorEdit | OutputEdit],
     losses: list[TensorLoss],
     advance: Advance | None,
 ) -> None:
@@ -175,12 +177,28 @@ def _write_shard(
         sink.write(stream.read(first))
         for tensor in tensors:
             edit = wanted.get(tensor.name)
-            chunks = source.iter_chunks(tensor.name) if edit is None else _edited(source, tensor, edit, losses)
+            if edit is None:
+                chunks: Iterator[Any] = source.iter_chunks(tensor.name)
+            elif isinstance(edit, OutputEdit):
+                chunks = _edited_outputs(source, tensor, edit, losses)
+            else:
+                chunks = _edited(source, tensor, edit, losses)
             for chunk in chunks:
                 view = memoryview(chunk).cast("B")
                 sink.write(view)
                 if advance:
                     advance(len(view))
+
+
+def _edited_outputs(
+    source: SafetensorsFolder, tensor: SafetensorsTensor, edit: OutputEdit, losses: list[TensorLoss]
+) -> Iterator[Any]:
+    meter = LossMeter(tensor.name, tensor.dtype)
+    view = source.read(tensor.name)
+    yield from edit_outputs(view, SAME_BYTES[tensor.dtype], tensor.shape, edit, meter)
+    view.release()
+    source.release(tensor.name)
+    losses.append(meter.result())
 
 
 def _edited(
@@ -200,8 +218,11 @@ def _edited(
         before = np.array(decode(raw, tensor.dtype), np.float32).reshape(n_rows, n_columns)
         after = np.ascontiguousarray(change(first, before), dtype=np.float32)
         require_finite(after, tensor.name)
-        encoded = quantize(after, encoding)
-        stored = np.array(decode(memoryview(encoded.tobytes()), tensor.dtype), np.float32).reshape(before.shape)
+        if edit.is_precise and edit.inputs is not None and len(tensor.shape) > 1:
+            encoded, stored = store_rows(after, before, encoding, edit.inputs())
+        else:
+            encoded = quantize(after, encoding)
+            stored = np.array(decode(memoryview(encoded.tobytes()), tensor.dtype), np.float32).reshape(before.shape)
         require_finite(stored, tensor.name)
         meter.add(before, after, stored)
         yield encoded.reshape(-1)
