@@ -1,0 +1,133 @@
+"""Each recorded step, done once more: import, quantize, create, merge, finetune.
+
+In: a `Landing` and its base, in place. Out: what it lands, in the store that the options name. The parameters are those
+that `jobs.lineage.working` was given when the step was done first.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ollama_forge.convert.plan import ConvertOptions
+from ollama_forge.errors import UnsupportedError
+from ollama_forge.gguf.imatrix import read_imatrix
+from ollama_forge.gguf.quantize import QuantizeOptions
+from ollama_forge.gguf.types import FileType, GGMLType
+from ollama_forge.jobs.finetune import RECORDED_SETTINGS, TWIN, finetune
+from ollama_forge.jobs.finetune_setup import FinetuneRequest
+from ollama_forge.jobs.landing import LandedModel, LandOptions, import_folder, land_gguf, land_installed
+from ollama_forge.jobs.merging import MergeInput, MergeOptions, merge_and_land
+from ollama_forge.jobs.resolve import resolve
+from ollama_forge.registry.document import Landing
+from ollama_forge.store.installed import InstalledModel
+from ollama_forge.store.modelfile import Modelfile, parse_modelfile
+from ollama_forge.train.options import LoopOptions, LoraOptions
+
+STEPS = ("import", "quantize", "create", "merge", "finetune")
+MADE_ON_THE_WAY = {"finetune": ("adapter", "imatrix")}
+"""By step: the roles of what the step itself made; it need not be there to do the step again."""
+
+
+def repeat_step(landing: Landing, source: InstalledModel | Path, options: LandOptions) -> LandedModel:
+    """Land what `landing` landed.
+
+    Args:
+        source: the base, in the same store or on this disk.
+
+    Raises:
+        As the job of that step.
+        UnsupportedError: a quantization whose importance matrix was not recorded as a file.
+    """
+    changes = _modelfile(landing.parameters.get("modelfile"))
+    if landing.step == "finetune":
+        return _finetune(landing, source, changes, options)
+    adapters, matrix = _paths(landing, "adapter"), next(iter(_paths(landing, "imatrix")), None)
+    if landing.step == "merge":
+        return _merge(landing, source, adapters, matrix, changes, options)
+    if isinstance(source, InstalledModel):
+        return land_installed(source, landing.name, changes, options, adapters=adapters)
+    if landing.step == "import":
+        conversion = _convert_options(landing.parameters.get("conversion") or {}, matrix)
+        return import_folder(source, landing.name, changes, options, conversion, adapters=adapters)
+    wanted = landing.parameters.get("quantization")
+    quantize = None if wanted is None else _quantize_options(wanted, matrix)
+    return land_gguf(source, landing.name, changes, options, adapters=adapters, quantize=quantize)
+
+
+def _finetune(landing: Landing, source: InstalledModel | Path, changes: Modelfile, options: LandOptions) -> LandedModel:
+    plain = landing.parameters
+    with tempfile.TemporaryDirectory(prefix="ollama-forge-") as scratch:
+        request = FinetuneRequest(
+            data=_paths(landing, "data"),
+            base=_ref(source),
+            name=landing.name,
+            folder=Path(scratch) / "run",
+            lora=LoraOptions(**{**plain["lora"], "target_modules": tuple(plain["lora"]["target_modules"])}),
+            loop=LoopOptions(**plain["loop"]),
+            changes=changes,
+            base_gguf=next(iter(_paths(landing, TWIN)), None),
+            **{key: plain[key] for key in RECORDED_SETTINGS},
+        )
+        landed = finetune(request, options).landed
+    assert landed is not None  # skip_landing is off
+    return landed
+
+
+def _merge(
+    landing: Landing,
+    source: InstalledModel | Path,
+    adapters: tuple[Path, ...],
+    matrix: Path | None,
+    changes: Modelfile,
+    options: LandOptions,
+) -> LandedModel:
+    weights = landing.parameters["weights"]
+    inputs = [MergeInput(path, weight) for path, weight in zip(adapters, weights, strict=True)]
+    merging = MergeOptions(untie=landing.parameters["untie"], imatrix=matrix)
+    base = resolve(_ref(source), options.store_path)
+    return merge_and_land(base, inputs, landing.name, changes, options, merging)[1]
+
+
+def _ref(source: InstalledModel | Path) -> str:
+    return source.name.display if isinstance(source, InstalledModel) else str(source)
+
+
+def _paths(landing: Landing, role: str) -> tuple[Path, ...]:
+    return tuple(Path(parent.ref) for parent in landing.parents if parent.role == role)
+
+
+def _modelfile(text: object) -> Modelfile:
+    return replace(parse_modelfile(text), sources=()) if isinstance(text, str) and text else Modelfile()
+
+
+def _convert_options(plain: Mapping[str, Any], matrix: Path | None) -> ConvertOptions:
+    quantize = plain.get("quantize")
+    return ConvertOptions(
+        outtype=str(plain.get("outtype", "auto")),
+        quantize=None if quantize is None else _quantize_options(quantize, matrix),
+        name=plain.get("name"),
+    )
+
+
+def _quantize_options(plain: Mapping[str, Any], matrix: Path | None) -> QuantizeOptions:
+    known: dict[str, Any] = {"file_type": FileType[plain["file_type"]]}
+    for field in ("output_tensor_type", "token_embedding_type"):
+        if plain.get(field) is not None:
+            known[field] = GGMLType[plain[field]]
+    if plain.get("tensor_types"):
+        known["tensor_types"] = tuple((pattern, GGMLType[name]) for pattern, name in plain["tensor_types"])
+    for field in ("pure", "leave_output_tensor", "allow_requantize"):
+        known[field] = bool(plain.get(field))
+    if plain.get("imatrix") is not None:
+        if matrix is None:
+            raise UnsupportedError(
+                "A quantization with an importance matrix cannot be made again by `rebuild`",
+                why="The record does not name the matrix's file.",
+                next="Quantize again by hand: ollama-forge quantize --imatrix FILE",
+            )
+        known["imatrix"] = read_imatrix(matrix)
+    return QuantizeOptions(**known)
