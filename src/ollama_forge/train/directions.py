@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ollama_forge.errors import TrainingError, UsageError
+from ollama_forge.errors import UsageError
 from ollama_forge.train.hidden_states import Ids, States, gather_states
 from ollama_forge.train.load import PackedModel
 from ollama_forge.transform.directions import Directions
@@ -139,7 +139,6 @@ def compute_directions(
     options = options or DirectionOptions()
     options.validate()
     began = time.monotonic()
-    _require_long_enough([*harmful_rows, *harmless_rows], options.positions)
     n_layers = packed.model.config.get_text_config().num_hidden_layers
     candidates = _candidates(n_layers, options.layers)
     keep_all = options.method == "median" or options.n_directions > 1

@@ -58,8 +58,9 @@ def gather_states(
     Prompts of like length run together, padded at the end, where nothing before looks.
 
     Raises:
-        TrainingError: states that are not finite.
+        TrainingError: a prompt that has no such token, or states that are not finite.
     """
+    _require_long_enough(rows, positions)
     layers = find_layers(packed)
     width = packed.model.config.get_text_config().hidden_size
     device = next(packed.model.parameters()).device
