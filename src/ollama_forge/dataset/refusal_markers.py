@@ -6,6 +6,7 @@ short forms and markdown make no difference; quoted speech and code are not the 
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -67,6 +68,12 @@ class Markers:
     inside: re.Pattern[str]
     lead_in: re.Pattern[str]
     exception: re.Pattern[str]
+
+    @property
+    def key(self) -> str:
+        """The same for files that mean the same."""
+        parts = (self.anywhere, self.opening, self.inside, self.lead_in, self.exception)
+        return hashlib.sha256("\0".join(part.pattern for part in parts).encode()).hexdigest()
 
     def find(self, text: str) -> str | None:
         """The first words of `text` that refuse, as they are after normalising; None when it does not refuse."""
