@@ -9,7 +9,9 @@ import click
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "compute-dir": ("abliterate_compute_dir", "Find the directions in which refused and answered prompts differ."),
     "apply": ("abliterate_apply", "Take directions out of the weights, back into the same quantization."),
+    "run": ("abliterate_run", "All of it in one command: compute, choose, apply, land, evaluate before and after."),
     "evaluate": ("abliterate_evaluate", "How often a model refuses, in full answers, and what that cost it."),
+    "optimize": ("abliterate_optimize", "Search for the ablation with few refusals and little harm."),
 }
 """Sub-command -> (module under `ollama_forge.cli`, one line of help)."""
 
