@@ -23,7 +23,7 @@ MOST_PER_STEP = 1 / 3
 _LAYER = re.compile(r"(?:^|\.)(?:blk|layers|h)\.(\d+)\.")
 # A share is rounded to a multiple of one of these, the largest that moves it by no more than this part of the whole.
 _UNITS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
-_TOLERANCE = 0.05
+_TOLERANCE = 0.05 + 1e-9
 
 
 @dataclass(frozen=True)
