@@ -144,7 +144,7 @@ def plan_choices(
                 wanted = main
             else:
                 wanted = _mixed_type(name, shape, roles[name], main, traits, n_values, counters, options)
-        choices[name] = Choice(name, shape, source, _fit(wanted, shape, source), wanted)
+        choices[name] = Choice(name, shape, source, fitting_type(wanted, shape, source), wanted)
     _refuse_unused_patterns(patterns, used)
     result = [choices[name] for name, _, _ in tensors]
     _require_imatrix(result, options)
@@ -172,6 +172,14 @@ def requires_imatrix(name: str, type: GGMLType, file_type: FileType) -> bool:
     if tensor_role(name) is Role.OUTPUT or name == "token_embd.weight" or name == "per_layer_token_embd.weight":
         return False
     return type in IMATRIX_TYPES or (type == GGMLType.Q2_K and file_type == FileType.MOSTLY_Q2_K_S)
+
+
+def fitting_type(wanted: GGMLType, shape: Sequence[int], source: GGMLType) -> GGMLType:
+    """`wanted`, or what takes its place when a row does not divide into its blocks."""
+    if wanted == source or shape[-1] % block_elements(wanted) == 0:
+        return wanted
+    smaller = FALLBACKS.get(wanted, GGMLType.F16)
+    return smaller if shape[-1] % block_elements(smaller) == 0 else GGMLType.F16
 
 
 def _layer_order(tensor: TensorRow) -> tuple[int, bytes]:
@@ -272,14 +280,6 @@ def _layer_of(name: str, n_layers: int) -> int:
             next="Check the file with ollama-forge show FILE; its block_count and its tensors disagree.",
         )
     return int(block[1])
-
-
-def _fit(wanted: GGMLType, shape: Sequence[int], source: GGMLType) -> GGMLType:
-    """`wanted`, or what takes its place when a row does not divide into its blocks."""
-    if wanted == source or shape[-1] % block_elements(wanted) == 0:
-        return wanted
-    smaller = FALLBACKS.get(wanted, GGMLType.F16)
-    return smaller if shape[-1] % block_elements(smaller) == 0 else GGMLType.F16
 
 
 def _compile_patterns(pairs: Sequence[tuple[str, GGMLType]]) -> list[tuple[str, re.Pattern[str], GGMLType]]:
