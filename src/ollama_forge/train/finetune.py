@@ -7,14 +7,10 @@ that did nothing is an error here, not a finished run.
 
 from __future__ import annotations
 
-import json
 import math
-import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -25,26 +21,23 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     PrinterCallback,
-    TrainerCallback,
     set_seed,
 )
 from trl import SFTConfig, SFTTrainer
 
 from ollama_forge.dataset.tokenize import Tokenized
-from ollama_forge.errors import InterruptedRunError, TrainingError
-from ollama_forge.files import write_bytes
+from ollama_forge.errors import TrainingError
+from ollama_forge.train.loop import GracefulInterrupt, Recorder, find_checkpoint, interrupted, loop_settings
 from ollama_forge.train.loss import install_chunked_loss
 from ollama_forge.train.options import (
     LoopOptions,
     LoraOptions,
     LossPoint,
-    StepReport,
     TrainedAdapter,
     Watch,
     plan_steps,
 )
 
-COMPLETE_MARK = "complete.json"
 _BASE_LOSS_EXAMPLES = 32
 _ROUTER_NAMES = ("router", "gate")
 
@@ -75,17 +68,21 @@ def train_adapter(
         InterruptedRunError: Ctrl-C; a checkpoint was written.
     """
     started = time.monotonic()
-    _require_labels(train)
+    require_labels(train)
     set_seed(loop.seed)
     install_chunked_loss(model)
     judged = list(validation or train)[:_BASE_LOSS_EXAMPLES]
     base_loss = mean_loss(model, judged)
     adapted = add_adapter(model, lora)
     total_steps = plan_steps(len(train), loop)
-    recorder = _Recorder(watch, sum(len(row.input_ids) for row in train) * loop.epochs)
+    recorder = Recorder(watch, sum(len(row.input_ids) for row in train) * loop.epochs)
     trainer = SFTTrainer(
         model=adapted,
-        args=_arguments(loop, folder, total_steps, has_validation=bool(validation)),
+        args=SFTConfig(
+            **loop_settings(loop, folder, total_steps, has_validation=bool(validation)),
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        ),
         train_dataset=_as_dataset(train),
         eval_dataset=_as_dataset(validation) if validation else None,
         processing_class=tokenizer,
@@ -94,14 +91,10 @@ def train_adapter(
     trainer.remove_callback(PrinterCallback)
     install_chunked_loss(model)
     checkpoint = find_checkpoint(folder) if resume else None
-    with _graceful_interrupt(recorder):
+    with GracefulInterrupt(recorder):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if recorder.is_interrupted:
-        raise InterruptedRunError(
-            f"Training was interrupted after step {trainer.state.global_step} of {total_steps}",
-            why=f"A checkpoint is in {str(folder)!r}.",
-            next="Run the same command again with --resume to go on.",
-        )
+        raise interrupted(trainer.state.global_step, total_steps, folder)
     final_loss = mean_loss(adapted, judged)
     warnings = _prove_learning(adapted, base_loss, final_loss)
     result = folder / "adapter"
@@ -191,13 +184,7 @@ def mean_loss(model: nn.Module, rows: Sequence[Tokenized]) -> float:
     return total / n_labels if n_labels else math.nan
 
 
-def find_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that was written to its end."""
-    complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE_MARK}")]
-    return max(complete, key=lambda path: int(path.name.rsplit("-", 1)[-1]), default=None)
-
-
-def _require_labels(rows: Sequence[Tokenized]) -> None:
+def require_labels(rows: Sequence[Tokenized]) -> None:
     if not any(label != -100 for row in rows for label in row.labels[1:]):
         raise TrainingError(
             f"None of the {len(rows)} examples has a token to learn",
@@ -229,113 +216,3 @@ def _as_dataset(rows: Sequence[Tokenized]) -> Dataset:
     return Dataset.from_dict(
         {"input_ids": [list(row.input_ids) for row in rows], "labels": [list(row.labels) for row in rows]}
     )
-
-
-def _arguments(loop: LoopOptions, folder: Path, total_steps: int, *, has_validation: bool) -> SFTConfig:
-    every = loop.checkpoint_every or max(1, total_steps // 10)
-    use_cuda = torch.cuda.is_available() and loop.device != "cpu"
-    if loop.device == "cuda" and not use_cuda:
-        raise TrainingError("There is no CUDA device here", next="Leave --device out, or use --device cpu.")
-    return SFTConfig(
-        output_dir=str(folder),
-        num_train_epochs=loop.epochs,
-        max_steps=total_steps,
-        learning_rate=loop.learning_rate,
-        per_device_train_batch_size=loop.batch_size,
-        per_device_eval_batch_size=loop.batch_size,
-        gradient_accumulation_steps=loop.grad_accum,
-        warmup_steps=int(loop.warmup * total_steps if loop.warmup < 1 else loop.warmup),
-        lr_scheduler_type=loop.scheduler,
-        weight_decay=loop.weight_decay,
-        seed=loop.seed,
-        data_seed=loop.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=2,
-        eval_strategy="steps" if has_validation else "no",
-        eval_steps=every,
-        eval_on_start=has_validation,
-        load_best_model_at_end=bool(loop.early_stop and has_validation),
-        metric_for_best_model="eval_loss" if has_validation else None,
-        gradient_checkpointing=loop.checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        use_cpu=not use_cuda,
-        bf16=use_cuda and torch.cuda.is_bf16_supported(),
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        disable_tqdm=True,
-        log_level="error",
-        report_to="none",
-        dataloader_pin_memory=use_cuda,
-        remove_unused_columns=False,
-    )
-
-
-@dataclass
-class _Recorder(TrainerCallback):
-    """Tells where the run stands, marks complete checkpoints, and ends the run at a step's end after Ctrl-C."""
-
-    watch: Watch | None
-    n_planned_tokens: float
-    is_interrupted: bool = False
-    n_tokens: int = 0
-    _started: float = field(default_factory=time.monotonic)
-    _first_step: int | None = None
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._first_step is None:
-            self._first_step = state.global_step
-            self._started = time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.is_interrupted:
-            control.should_save = True
-            control.should_training_stop = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not logs or "loss" not in logs:
-            return
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        done = state.global_step - (self._first_step or 0)
-        share = state.global_step / max(1, state.max_steps)
-        self.n_tokens = int(self.n_planned_tokens * share)
-        if self.watch:
-            self.watch(
-                StepReport(
-                    state.global_step,
-                    state.max_steps,
-                    float(logs["loss"]),
-                    self.n_planned_tokens * done / max(1, state.max_steps) / seconds,
-                    seconds / max(1, done) * (state.max_steps - state.global_step),
-                )
-            )
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and checkpoint.is_dir():
-            write_bytes(checkpoint / COMPLETE_MARK, json.dumps({"step": state.global_step}).encode(), overwrite=True)
-
-
-class _graceful_interrupt:
-    """The first Ctrl-C ends the run after the step under way, with a checkpoint; the second ends it at once."""
-
-    def __init__(self, recorder: _Recorder) -> None:
-        self._recorder = recorder
-        self._previous: Any = None
-
-    def __enter__(self) -> None:
-        try:
-            self._previous = signal.signal(signal.SIGINT, self._interrupt)
-        except ValueError:  # not the main thread: whoever runs us handles it
-            self._previous = None
-
-    def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-
-    def _interrupt(self, number: int, frame: Any) -> None:
-        if self._recorder.is_interrupted:
-            raise KeyboardInterrupt
-        self._recorder.is_interrupted = True

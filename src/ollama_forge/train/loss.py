@@ -105,15 +105,15 @@ class _ScoreLabels(torch.autograd.Function):
         entropy = torch.empty_like(log_probs)
         is_top1 = torch.empty(n, dtype=torch.bool, device=hidden.device)
         gradient = torch.empty_like(hidden) if needs_gradient else None
-        step = _chunk_size(n, vocabulary)
+        step = chunk_size(n, vocabulary)
         logits = hidden.new_empty(step, vocabulary, dtype=torch.float32)
         for start in range(0, n, step):
             chunk = slice(start, min(start + step, n))
             tile = logits[: chunk.stop - chunk.start]
-            _write_logits(hidden[chunk], head, tile)
+            write_logits(hidden[chunk], head, tile)
             _fold(tile, labels[chunk], head.softcap, log_probs[chunk], entropy[chunk], is_top1[chunk], needs_gradient)
             if gradient is not None:
-                gradient[chunk] = _through_head(tile, head, hidden)
+                gradient[chunk] = through_head(tile, head, hidden)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(entropy, is_top1)
@@ -126,14 +126,14 @@ class _ScoreLabels(torch.autograd.Function):
         return gradient * upstream.unsqueeze(-1).to(gradient.dtype), None, None, None
 
 
-def _chunk_size(n: int, vocabulary: int) -> int:
-    """Tokens per chunk: as few chunks as `LOGITS_BYTES` allows, all about equally long."""
-    most = max(1, LOGITS_BYTES // (4 * vocabulary))
+def chunk_size(n: int, words: int) -> int:
+    """Tokens per chunk, `words` float32 logits each: as few chunks as `LOGITS_BYTES` allows, all about equally long."""
+    most = max(1, LOGITS_BYTES // (4 * words))
     n_chunks = max(1, -(-n // most))
     return max(1, -(-n // n_chunks))
 
 
-def _write_logits(hidden: torch.Tensor, head: Head, logits: torch.Tensor) -> None:
+def write_logits(hidden: torch.Tensor, head: Head, logits: torch.Tensor) -> None:
     """Logits before soft-capping, float32 [n, vocabulary], into `logits`."""
     with head.pieces(hidden) as pieces:
         for first, end, weight in pieces:
@@ -178,7 +178,7 @@ def _fold(
                 z.mul_(slope)
 
 
-def _through_head(slopes: torch.Tensor, head: Head, like: torch.Tensor) -> torch.Tensor:
+def through_head(slopes: torch.Tensor, head: Head, like: torch.Tensor) -> torch.Tensor:
     """d / d logits [n, vocabulary] -> d / d hidden float32 [n, width], summed in float32."""
     total = slopes.new_zeros(slopes.shape[0], like.shape[1])
     with head.pieces(like, reverse=True) as pieces:
@@ -234,12 +234,16 @@ def find_head(model: PreTrainedModel) -> Head | None:
     """The model's head, when it is a frozen linear layer without a scale of its own; else None."""
     layer = model.get_output_embeddings()
     config = model.config.get_text_config()
-    is_plain = type(layer) in (nn.Linear, PackedLinear) and not any(
-        getattr(config, key, None) not in (None, 1, 1.0) for key in _SCALE_KEYS
-    )
+    is_plain = type(layer) in (nn.Linear, PackedLinear) and not scales_logits(config)
     if not is_plain or any(parameter.requires_grad for parameter in layer.parameters()):
         return None
     return Head(layer, getattr(config, "final_logit_softcapping", None) or 0.0)
+
+
+def scales_logits(config: Any) -> bool:
+    """Whether a transformers configuration multiplies its logits by a number."""
+    text = config.get_text_config()
+    return any(getattr(text, key, None) not in (None, 1, 1.0) for key in _SCALE_KEYS)
 
 
 def _score_batch(
