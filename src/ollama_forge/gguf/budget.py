@@ -12,6 +12,7 @@ fit. Sizes are never rounded.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -132,7 +133,7 @@ def _by_steps(groups: Sequence[Group], size_bytes: int) -> Mix:
     for number, group in enumerate(groups):
         hull = _hull(group)
         picks.append(hull[0])
-        for before, after in zip(hull, hull[1:], strict=False):
+        for before, after in itertools.pairwise(hull):
             steps.append((-_rate(group, before, after), number, before, after))
     left = size_bytes - sum(group.options[pick].size_bytes for group, pick in zip(groups, picks, strict=True))
     for _, number, before, after in sorted(steps):
