@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from command import DEMO_MODEL, forge, forge_json, tree_hash
+from loopback_ollama import LoopbackOllama
 from tiny_gguf import write_tiny_gguf, write_tiny_lora
 
 from ollama_forge.errors import CheckError
@@ -145,3 +146,16 @@ def test_a_model_that_was_replaced_is_still_found_by_its_digest(store: Path) -> 
     assert json.loads(json.dumps(forge_json("registry", "lineage", "base")))["parents"][0]["digest"].endswith(
         first["digest"]
     )
+
+
+def test_what_is_made_on_a_server_is_recorded_too(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LoopbackOllama(tmp_path / "served") as loopback:
+        gguf = write_tiny_gguf(tmp_path / "tiny.gguf")
+        forge_json("convert", "--gguf", gguf, "--name", "far", "--host", loopback.url, "--no-check")
+        words = ("--base", "far", "--name", "far-chat", "--system", "Be brief.", "--host", loopback.url, "--no-check")
+        landed = forge_json("create-from-base", *words)
+    assert landed["warnings"] == []
+    origin = forge_json("registry", "lineage", "far-chat")
+    assert (origin["landing"]["step"], origin["parents"][0]["names"]) == ("create", ["far:latest"])
+    assert origin["parents"][0]["parents"][0]["ref"] == str(gguf)
+    assert forge_json("registry", "show", "far-chat")["store"] == loopback.url

@@ -1,13 +1,20 @@
 """A model is made again from its record, with the same digest, and nothing else changes."""
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command import DEMO_MODEL, forge, forge_json, tree_hash
-from tiny_gguf import write_tiny_gguf
+from learnt_model import DEMO_DIR
+from tiny_gguf import write_tiny_gguf, write_tiny_lora
 from tiny_store import snapshot
 
+from ollama_forge.gguf.imatrix import Imatrix, ImatrixEntry, write_imatrix
+from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.store.catalog import Store
+
+FAST = ("--lr", "1e-3", "--epochs", "2", "--batch-size", "10", "--grad-accum", "1", "--max-length", "64", "--rank", "4")
 
 
 @pytest.fixture
@@ -64,3 +71,70 @@ def test_a_model_that_ollama_pulled_has_no_record(models: Path, tmp_path: Path) 
     forge_json("registry", "import", "--registry", tmp_path / "other.json")
     ended = forge("registry", "rebuild", "base", "--registry", tmp_path / "other.json", "--json")
     assert ended.document["error"]["kind"] == "not_found"
+
+
+@pytest.mark.parametrize("more", [(), ("--merge",)], ids=["layer", "merged"])
+def test_a_seeded_fine_tune_is_made_again_though_its_folder_is_gone(
+    models: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    folder = tmp_path / "work"
+    forge_json(
+        *("finetune", "--data", DEMO_DIR / "finetune.jsonl", "--base", "base", "--name", "tuned", "--seed", "7"),
+        *("--workdir", folder, "--system", "Be brief.", "--no-check", *FAST, *more),
+    )
+    shutil.rmtree(folder)
+    before = snapshot(tmp_path)
+    rebuilt = forge_json("registry", "rebuild", "tuned")
+    assert rebuilt["same"] is True
+    assert [step["step"] for step in rebuilt["steps"]] == ["finetune"]
+    assert snapshot(tmp_path) == before
+
+
+def test_a_fine_tune_of_a_folder_names_the_folder_and_what_was_in_it(models: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(DEMO_MODEL, source)
+    data = tmp_path / "data.jsonl"
+    data.write_bytes((DEMO_DIR / "finetune.jsonl").read_bytes())
+    words = ("--name", "tuned", "--workdir", tmp_path / "work", "--no-check")
+    forge_json("finetune", "--data", data, "--base", source, *words, *FAST)
+    shutil.rmtree(tmp_path / "work")
+    assert forge_json("registry", "rebuild", "tuned")["same"] is True
+    data.write_text(data.read_text().replace("?", "!"))
+    assert str(data) in forge("registry", "rebuild", "tuned", "--json").document["error"]["what"]
+
+
+def test_a_merge_is_made_again(models: Path, tmp_path: Path) -> None:
+    gguf = write_tiny_gguf(tmp_path / "tiny.gguf")
+    lora = write_tiny_lora(tmp_path / "lora.gguf")
+    forge_json("convert", "--gguf", gguf, "--name", "tiny", "--no-check")
+    forge_json("merge", "tiny", lora, "--weight", "0.5", "--name", "merged", "--system", "Short.", "--no-check")
+    assert forge_json("registry", "rebuild", "merged")["same"] is True
+    assert forge_json("registry", "rebuild", "merged", "--whole")["same"] is True
+
+
+def test_a_quantization_with_an_importance_matrix_is_made_again(models: Path, tmp_path: Path) -> None:
+    gguf = write_tiny_gguf(tmp_path / "tiny.gguf")
+    matrix = tmp_path / "imatrix.gguf"
+    with open_gguf(gguf) as source:
+        entries = {
+            name: ImatrixEntry(np.arange(1, 1 + tensor.shape[-1], dtype=np.float32)[None], np.ones(1, np.int64))
+            for name, tensor in source.tensors.items()
+            if name.startswith("blk.") and len(tensor.shape) == 2
+        }
+    write_imatrix(matrix, Imatrix(entries, chunk_count=1, chunk_size=1))
+    words = ("--quant", "Q4_0", "--imatrix", matrix, "--no-check")
+    forge_json("convert", "--gguf", gguf, "--name", "small", *words)
+    assert forge_json("registry", "rebuild", "small")["same"] is True
+    matrix.write_bytes(matrix.read_bytes() + b"\0")
+    assert str(matrix) in forge("registry", "rebuild", "small", "--json").document["error"]["what"]
+
+
+def test_a_folder_that_changed_is_noticed_before_any_work(models: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(DEMO_MODEL, source)
+    forge_json("import", source, "--name", "own", "--no-check")
+    digest = forge_json("registry", "lineage", "own")["parents"][0]["digest"]
+    assert digest.startswith("sha256:")
+    with (source / "config.json").open("a") as stream:
+        stream.write("\n")
+    assert "another one" in forge("registry", "rebuild", "own", "--json").document["error"]["what"]

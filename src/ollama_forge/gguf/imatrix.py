@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -23,7 +23,7 @@ from ollama_forge.gguf.writer import Field, TensorEntry, array, string, uint32, 
 
 _SUMS = ".in_sum2"
 _COUNTS = ".counts"
-_NEXT = "Make it again with llama-imatrix, or get the file again."
+_NEXT = "Make it again (ollama-forge imatrix REF -o imatrix.gguf), or get the file again."
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +47,8 @@ class ImatrixEntry:
 class Imatrix:
     """An importance matrix file in memory.
 
-    `file_name` is the name without its folder, as the quantized file will mention it. `chunk_size` (tokens) is 0 when
-    the file does not say it.
+    `file_name` is the name without its folder, as the quantized file will mention it; `path` is where it was read.
+    `chunk_size` (tokens) is 0 when the file does not say it.
     """
 
     entries: Mapping[str, ImatrixEntry]
@@ -57,6 +57,7 @@ class Imatrix:
     chunk_size: int = 0
     file_name: str = ""
     is_legacy: bool = False
+    path: Path | None = None
 
     def weights(self, name: str) -> np.ndarray:
         """Mean squared activation of every column of tensor `name`: float32 [n_columns x n_experts], flat.
@@ -93,13 +94,13 @@ def read_imatrix(path: Path) -> Imatrix:
         with path.open("rb") as stream:
             if stream.read(4) != b"GGUF":
                 stream.seek(0)
-                return _parse_legacy(stream, path, path.stat().st_size)
+                return replace(_parse_legacy(stream, path, path.stat().st_size), path=path)
     except FileNotFoundError as exc:
         raise NotFoundError(f"There is no file {str(path)!r}", next="Check the path given to --imatrix.") from exc
     except OSError as exc:
         raise disk_error(exc, path, "read") from exc
     with open_gguf(path) as source:
-        return _parse_gguf(source, path)
+        return replace(_parse_gguf(source, path), path=path)
 
 
 def write_imatrix(path: Path, imatrix: Imatrix, *, overwrite: bool = False) -> WrittenFile:

@@ -27,12 +27,13 @@ from ollama_forge.jobs.finetune_setup import (
     require_free_name,
 )
 from ollama_forge.jobs.landing import LandedModel, LandOptions, land_gguf, land_installed
-from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, working
+from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, modelfile_text, working
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, merge_and_land
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.jobs.training_plan import TrainingPlan
 from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.train.options import IMPORTANCE_FILE, TrainedAdapter, Watch
+from ollama_forge.transform.origin import source_repo
 
 if TYPE_CHECKING:
     from ollama_forge.train.report import AnswerPair
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 N_QUESTIONS = 3
 ANSWER_TOKENS = 96
 RUN_FILE = "run.json"
+TWIN = "base_gguf"
+"""Role of a GGUF that was trained on in place of the base itself."""
+RECORDED_SETTINGS = ("max_length", "overlong", "learn", "validation_share", "merge")
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ def _train_and_land(
         request.lora,
         prepared.loop,
         request.folder,
-        base=request.base,
+        base=_name_for_others(request, prepared),
         resume=request.resume,
         watch=watch,
     )
@@ -150,19 +154,31 @@ def _train_and_land(
 def _training(
     request: FinetuneRequest, prepared: PreparedRun, trained: TrainedAdapter
 ) -> contextlib.AbstractContextManager[None]:
-    """What the registry is told of a fine-tune: base, data, settings, losses."""
-    data = [file_ingredient(path, "data") for path in find_data_files(request.data, request.include)]
-    settings = {key: getattr(request, key) for key in ("max_length", "overlong", "learn", "validation_share")}
+    """What the registry is told of a fine-tune: base, data, settings, losses; enough to do it again."""
+    sources = [ingredient_of(prepared.origin)]
+    sources += [file_ingredient(path, "data") for path in find_data_files(request.data, request.include)]
+    if request.base_gguf is not None:
+        sources.append(file_ingredient(prepared.gguf.path, TWIN))
+    settings = {key: getattr(request, key) for key in RECORDED_SETTINGS}
     return working(
         "finetune",
-        [ingredient_of(prepared.model), *data],
+        sources,
         {"base_loss": trained.base_loss, "final_loss": trained.final_loss},
         seconds=trained.seconds,
-        lora=request.lora,
-        loop=prepared.loop,
+        lora=asdict(request.lora),
+        loop=asdict(prepared.loop),
         steps=trained.steps,
+        modelfile=modelfile_text(request.changes),
         **settings,
     )
+
+
+def _name_for_others(request: FinetuneRequest, prepared: PreparedRun) -> str:
+    """The base as the adapter names it: its repo on the Hub where that is known; an Ollama name is not one."""
+    repo = source_repo(prepared.gguf.metadata)
+    if repo or prepared.origin.installed is None:
+        return repo or request.base
+    return f"ollama://{prepared.origin.installed.name.display}"
 
 
 def matching_template(changes: Modelfile, prepared: PreparedRun) -> Modelfile:

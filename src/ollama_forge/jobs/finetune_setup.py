@@ -72,8 +72,10 @@ class FinetuneRequest:
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """What training needs, checked. `gguf` is what is trained on, `model` what the result is landed on."""
+    """What training needs, checked. `gguf` is what is trained on, `model` what the result is landed on; `origin` is the
+    base as it was named, before a folder became a GGUF."""
 
+    origin: ResolvedModel
     model: ResolvedModel
     gguf: GGUFFile
     chat_format: ChatFormat
@@ -88,7 +90,8 @@ class PreparedRun:
 
 @contextlib.contextmanager
 def prepare_run(request: FinetuneRequest, options: LandOptions) -> Iterator[PreparedRun]:
-    model = resolve_trainable(request.base, request.folder, options)
+    origin = resolve(request.base, options.store_path)
+    model = as_trainable(origin, request.folder, options)
     assert model.gguf_path is not None
     source = model.gguf_path if request.base_gguf is None else twin_of(model, request.base_gguf, options)
     dataset = read_dataset(find_data_files(request.data, request.include))
@@ -110,21 +113,21 @@ def prepare_run(request: FinetuneRequest, options: LandOptions) -> Iterator[Prep
         loop = settle(request.loop, len(train.rows))
         plan = plan_training(request.base, gguf, train, validation, request.lora, loop, request.folder)
         warnings = _data_warnings(dataset.warnings, train, request, plan)
-        yield PreparedRun(model, gguf, chat_format, examples, held, train, validation, loop, plan, warnings)
+        yield PreparedRun(origin, model, gguf, chat_format, examples, held, train, validation, loop, plan, warnings)
 
 
-def resolve_trainable(base: str, folder: Path, options: LandOptions) -> ResolvedModel:
+def as_trainable(model: ResolvedModel, folder: Path, options: LandOptions) -> ResolvedModel:
     """The base as a GGUF; a Hugging Face folder is converted once, to 16 bits, into the working folder.
 
     Raises:
         UnsupportedError: an Ollama model that has adapters already.
     """
-    model = resolve(base, options.store_path)
     if model.adapters:
         raise UnsupportedError(
-            f"{base!r} has an adapter already",
+            f"{model.text!r} has an adapter already",
             why="Training starts from plain weights.",
-            next=f"Merge it first: ollama-forge merge {base} -o merged.gguf; then train with --base ./merged.gguf",
+            next=f"Merge it first: ollama-forge merge {model.text} -o merged.gguf; "
+            "then train with --base ./merged.gguf",
         )
     if model.folder is None:
         return model

@@ -27,7 +27,7 @@ from ollama_forge.jobs.conversion import (
     open_joined,
     open_quantization,
 )
-from ollama_forge.jobs.lineage import Work, record_landing, source_work
+from ollama_forge.jobs.lineage import Work, hashed_beside, record_landing, record_sent, served_ingredient, source_work
 from ollama_forge.jobs.remote import land_remote
 from ollama_forge.store.catalog import Store, open_store
 from ollama_forge.store.discard import exists_error
@@ -119,16 +119,22 @@ def land_gguf(
     """
     validate_writable(parse_name(name))
     if quantize is not None:
-        work = source_work(gguf_path, adapters, changes, quantize)
         return _land_planned(
-            lambda: open_quantization(gguf_path, quantize), name, changes, options, adapters, work, projector
-        )
+            lambda: open_quantization(gguf_path, quantize),
+            name, changes, options, adapters,
+            lambda: source_work(gguf_path, adapters, changes, quantize),
+            projector,
+        )  # fmt: skip
     with open_gguf(gguf_path) as gguf:
         is_split = len(gguf.paths) > 1
         size_bytes = gguf.size_bytes
     if is_split:
-        work = source_work(gguf_path, adapters, changes)
-        return _land_planned(lambda: open_joined(gguf_path), name, changes, options, adapters, work, projector)
+        return _land_planned(
+            lambda: open_joined(gguf_path),
+            name, changes, options, adapters,
+            lambda: source_work(gguf_path, adapters, changes),
+            projector,
+        )  # fmt: skip
     return _land(gguf_path, name, changes, options, adapters, size_bytes, projector)
 
 
@@ -143,8 +149,12 @@ def import_folder(
 ) -> LandedModel:
     """A Hugging Face folder becomes an Ollama model in one pass: converted, quantized and hashed as it is written."""
     validate_writable(parse_name(name))
-    work = source_work(folder, adapters, changes, conversion)
-    return _land_planned(lambda: open_folder(folder, conversion), name, changes, options, adapters, work)
+    with contextlib.nullcontext(str) if options.dry_run else hashed_beside(folder) as digest:
+        return _land_planned(
+            lambda: open_folder(folder, conversion),
+            name, changes, options, adapters,
+            lambda: source_work(folder, adapters, changes, conversion, digest()),
+        )  # fmt: skip
 
 
 def land_installed(
@@ -158,7 +168,9 @@ def land_named(
     base: str, name: str, changes: Modelfile, options: LandOptions, *, adapters: Sequence[Path] = ()
 ) -> LandedModel:
     """A model of `options.server` under another name with something changed; the server shares its own blobs."""
-    return _send(None, base, name, changes, options, adapters, time.monotonic())
+    work = source_work(None, adapters, changes)
+    work = replace(work, ingredients=(served_ingredient(options.server, base), *work.ingredients))
+    return _send(None, base, name, changes, options, adapters, time.monotonic(), lambda: work)
 
 
 def land_planned(
@@ -176,7 +188,9 @@ def land_planned(
         projector: the mmproj of a model that sees or hears; a server does not take it.
     """
     validate_writable(parse_name(name))
-    return _land_planned(planned, name, changes, options, adapters, source_work(None, adapters, changes), projector)
+    return _land_planned(
+        planned, name, changes, options, adapters, lambda: source_work(None, adapters, changes), projector
+    )
 
 
 def _land_planned(
@@ -185,12 +199,12 @@ def _land_planned(
     changes: Modelfile,
     options: LandOptions,
     adapters: Sequence[Path],
-    work: Work,
+    work: Callable[[], Work],
     projector: Path | None = None,
 ) -> LandedModel:
     started = time.monotonic()
     if options.server is not None:
-        return _send_planned(planned, name, changes, options, adapters, started)
+        return _send_planned(planned, name, changes, options, adapters, started, work)
     store = open_store(options.store_path)
     with planned() as gguf:
         if options.dry_run:
@@ -199,7 +213,7 @@ def _land_planned(
             with options.progress(f"Making {name}", gguf.size_bytes) as advance:
                 write_gguf(staged, gguf.fields, gguf.entries, alignment=gguf.alignment, advance=advance)
             landed = _run_landing(store, staged, name, changes, options, adapters, 0, projector)
-        return _result(landed, started, work, gguf)
+        return _result(landed, started, work(), gguf)
 
 
 def _land(
@@ -212,9 +226,12 @@ def _land(
     projector: Path | None = None,
 ) -> LandedModel:
     started = time.monotonic()
+    source = model if isinstance(model, (Path, InstalledModel)) else None
     if options.server is not None:
         path = model if isinstance(model, Path) else None
-        return _send(path, None, name, changes, options, adapters, started)
+        return _send(
+            path, None, name, changes, options, adapters, started, lambda: source_work(source, adapters, changes)
+        )
     store = open_store(options.store_path)
     if options.dry_run:
         plan = plan_landing(
@@ -233,7 +250,6 @@ def _land(
             is_dry_run=True,
         )
     landed = _run_landing(store, model, name, changes, options, adapters, size_bytes, projector)
-    source = model if isinstance(model, (Path, InstalledModel)) else None
     return _result(landed, started, source_work(source, adapters, changes))
 
 
@@ -314,6 +330,7 @@ def _send_planned(
     options: LandOptions,
     adapters: Sequence[Path],
     started: float,
+    work: Callable[[], Work],
 ) -> LandedModel:
     """A server takes whole files only, so the GGUF is made in a temporary folder first."""
     with planned() as gguf, tempfile.TemporaryDirectory(prefix="ollama-forge-") as scratch:
@@ -324,8 +341,8 @@ def _send_planned(
                 options.progress(f"Making {name}", gguf.size_bytes) as advance,
             ):
                 write_gguf(sink, gguf.fields, gguf.entries, alignment=gguf.alignment, advance=advance)
-        landed = _send(path, None, name, changes, options, adapters, started)
-        return replace(landed, types=gguf.types, warnings=gguf.warnings)
+        landed = _send(path, None, name, changes, options, adapters, started, work)
+        return replace(landed, types=gguf.types, warnings=(*gguf.warnings, *landed.warnings))
 
 
 def _send(
@@ -336,6 +353,7 @@ def _send(
     options: LandOptions,
     adapters: Sequence[Path],
     started: float,
+    work: Callable[[], Work],
 ) -> LandedModel:
     server = options.server
     assert server is not None
@@ -357,6 +375,7 @@ def _send(
         check=options.check,
         progress=options.progress,
     )
+    seconds = time.monotonic() - started
     return LandedModel(
         name=landed.name,
         digest=landed.digest,
@@ -365,6 +384,6 @@ def _send(
         shared_bytes=landed.shared_bytes,
         check=landed.check,
         replaced=landed.replaced,
-        warnings=(),
-        seconds=time.monotonic() - started,
+        warnings=record_sent(server, landed.name, landed.digest, work(), seconds),
+        seconds=seconds,
     )

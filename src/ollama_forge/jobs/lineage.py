@@ -10,9 +10,11 @@ import contextlib
 import contextvars
 import dataclasses
 import enum
+import hashlib
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +27,13 @@ from ollama_forge.store.digest import parse_digest
 from ollama_forge.store.installed import InstalledModel
 from ollama_forge.store.landed import Landed
 from ollama_forge.store.modelfile import Modelfile, render_modelfile
+from ollama_forge.store.name import parse_name
 
 if TYPE_CHECKING:
+    from ollama_forge.gguf.imatrix import Imatrix
     from ollama_forge.registry.document import Document, Landing
+    from ollama_forge.registry.inventory import Inventory
+    from ollama_forge.store.server import OllamaServer
 
 _SNAPSHOT = re.compile(r"models--(?P<repo>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})")
 _VERSIONED = ("ollama-forge", "xllamacpp", "torch", "transformers", "peft")
@@ -126,6 +132,13 @@ def ingredient_of(model: ResolvedModel | InstalledModel | Path, role: str = "bas
     return Ingredient(role, str(model.absolute()))
 
 
+def served_ingredient(server: OllamaServer | None, name: str) -> Ingredient:
+    """A model that a server has, by the digest that it tells."""
+    rows = server.tags() if server is not None else []
+    digest = next((row.digest for row in rows if parse_name(row.name) == parse_name(name)), "")
+    return Ingredient("base", name, f"sha256:{digest}" if digest else "")
+
+
 def file_ingredient(path: Path, role: str) -> Ingredient:
     """A file that a job reads, by the hash of its bytes where that takes no more than a moment."""
     known = ingredient_of(path, role)
@@ -136,38 +149,89 @@ def file_ingredient(path: Path, role: str) -> Ingredient:
     return known
 
 
+def content_digest(path: Path) -> str:
+    """`sha256:...` of a file's bytes; of a folder, over the names and hashes of the files that lie right in it."""
+    if not path.is_dir():
+        return f"sha256:{hash_file(path).sha256}"
+    files = sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith("."))
+    lines = (f"{hash_file(entry).sha256}  {entry.name}\n" for entry in files)
+    return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
+
+
+@contextlib.contextmanager
+def hashed_beside(folder: Path) -> Iterator[Callable[[], str]]:
+    """Hashes a folder while something else is done with it; what it gives waits for the digest.
+
+    A snapshot of a Hugging Face cache needs none: its commit says as much. One that cannot be read gives none either.
+    """
+    if _SNAPSHOT.search(str(folder.absolute())):
+        yield str
+        return
+    with ThreadPoolExecutor(1) as pool:
+        hashing = pool.submit(content_digest, folder)
+
+        def digest() -> str:
+            try:
+                return hashing.result()
+            except (ForgeError, OSError):
+                return ""
+
+        yield digest
+
+
 def source_work(
-    source: Path | InstalledModel | None, adapters: Sequence[Path], changes: Modelfile, quantization: object = None
+    source: Path | InstalledModel | None,
+    adapters: Sequence[Path],
+    changes: Modelfile,
+    quantization: object = None,
+    digest: str = "",
 ) -> Work:
-    """What a plain landing is made of: weights, adapters, a Modelfile's wishes, perhaps a quantization."""
+    """What a plain landing is made of: weights, adapters, a Modelfile's wishes, perhaps a quantization.
+
+    Args:
+        digest: of the source, where it is a folder.
+    """
     parameters: dict[str, Any] = {}
-    text = render_modelfile(dataclasses.replace(changes, sources=("BASE",), warnings=()))
-    if text.strip() != "FROM BASE":
+    text = modelfile_text(changes)
+    if text:
         parameters["modelfile"] = text
     if quantization is not None:
         parameters["conversion" if _is_folder(source) else "quantization"] = plain_value(quantization)
-    base = () if source is None else (ingredient_of(source),)
+    sources = [] if source is None else [ingredient_of(source)]
+    if digest:
+        sources = [dataclasses.replace(one, digest=digest) for one in sources]
+    sources += [file_ingredient(path, "adapter") for path in adapters]
+    matrix: Imatrix | None = getattr(getattr(quantization, "quantize", quantization), "imatrix", None)
+    if matrix is not None and matrix.path is not None:
+        sources.append(file_ingredient(matrix.path, "imatrix"))
     step = "import" if _is_folder(source) else "create" if quantization is None else "quantize"
-    return Work(step, (*base, *(file_ingredient(path, "adapter") for path in adapters)), parameters)
+    return Work(step, tuple(sources), parameters)
+
+
+def modelfile_text(changes: Modelfile) -> str:
+    """A Modelfile's wishes as they are recorded; empty where there are none."""
+    text = render_modelfile(dataclasses.replace(changes, sources=("BASE",), adapters=(), warnings=()))
+    return "" if text.strip() == "FROM BASE" else text
 
 
 def record_landing(landed: Landed, work: Work, seconds: float, registry_path: Path | None = None) -> tuple[str, ...]:
     """Write down a model that has just got its name; returns warnings, never raises what a registry can raise."""
-    if not _RECORDS.get():
-        return ()
-    from ollama_forge.registry.registry_file import find_registry, update_registry
+    from ollama_forge.registry.inventory import Inventory, find_installed
 
-    path = find_registry(registry_path or _REGISTRY.get())
-    outer = _WORK.get()
-    whole = work if outer is None else _added(outer, work)
-    try:
-        landing = _landing(landed, whole, seconds)
-        found = Store(landed.store)
-        update_registry(path, lambda document: _with_landed(document, found, landed, landing))
-    except (ForgeError, OSError, ValueError) as exc:
-        what = exc.what if isinstance(exc, ForgeError) else str(exc)
-        return (f"The landing is not in the registry {str(path)!r}: {what}",)
-    return ()
+    def found() -> Inventory:
+        store = Store(landed.store)
+        return Inventory(
+            "store", str(store.models_dir), (find_installed(store, store.find(landed.name)),), is_whole=False
+        )
+
+    return _record(landed.name.display, landed.digest, found, work, seconds, registry_path)
+
+
+def record_sent(server: OllamaServer, name: str, digest: str, work: Work, seconds: float) -> tuple[str, ...]:
+    """The same for a model that was made on a server; `digest` is what the server says."""
+    from ollama_forge.registry.inventory import read_server_inventory
+
+    return _record(name, digest, lambda: read_server_inventory(server, only=name), work, seconds)
 
 
 def plain_value(value: Any) -> Any:
@@ -208,13 +272,44 @@ def _added(outer: Work, inner: Work) -> Work:
     )
 
 
-def _landing(landed: Landed, work: Work, seconds: float) -> Landing:
+def _record(
+    name: str,
+    digest: str,
+    found: Callable[[], Inventory],
+    work: Work,
+    seconds: float,
+    registry_path: Path | None = None,
+) -> tuple[str, ...]:
+    if not _RECORDS.get():
+        return ()
+    from ollama_forge.registry.importing import plan_import
+    from ollama_forge.registry.registry_file import find_registry, update_registry
+
+    path = find_registry(registry_path or _REGISTRY.get())
+    outer = _WORK.get()
+    whole = work if outer is None else _added(outer, work)
+    try:
+        landing = _landing(name, whole, seconds)
+        inventory = found()
+
+        def with_landed(document: Document) -> Document:
+            known = plan_import(document, inventory).document
+            return known.with_landing(f"sha256:{digest}", landing) if digest else known
+
+        update_registry(path, with_landed)
+    except (ForgeError, OSError, ValueError) as exc:
+        what = exc.what if isinstance(exc, ForgeError) else str(exc)
+        return (f"The landing is not in the registry {str(path)!r}: {what}",)
+    return ()
+
+
+def _landing(name: str, work: Work, seconds: float) -> Landing:
     from datetime import datetime, timezone
 
     from ollama_forge.registry.document import Landing, Parent
 
     return Landing(
-        name=landed.name.display,
+        name=name,
         step=work.step,
         parents=tuple(
             Parent(role=one.role, ref=one.ref, digest=one.digest, commit=one.commit) for one in work.ingredients
@@ -225,15 +320,6 @@ def _landing(landed: Landed, work: Work, seconds: float) -> Landing:
         seconds=round(work.seconds + seconds, 3),
         landed_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
-
-
-def _with_landed(document: Document, store: Store, landed: Landed, landing: Landing) -> Document:
-    from ollama_forge.registry.importing import plan_import
-    from ollama_forge.registry.inventory import Inventory, find_installed
-
-    found = find_installed(store, store.find(landed.name))
-    inventory = Inventory("store", str(store.models_dir), (found,), is_whole=False)
-    return plan_import(document, inventory).document.with_landing(f"sha256:{landed.digest}", landing)
 
 
 def _versions() -> dict[str, str]:

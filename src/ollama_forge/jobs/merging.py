@@ -22,7 +22,7 @@ from ollama_forge.jobs.adapters import base_path, prepare_adapter, settle_base_c
 from ollama_forge.jobs.conversion import ConvertOptions, PlannedGGUF, write_planned
 from ollama_forge.jobs.creation import Creation, create_model, override
 from ollama_forge.jobs.landing import LandedModel, LandOptions, import_folder, land_planned
-from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, working
+from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, modelfile_text, working
 from ollama_forge.jobs.resolve import ResolvedModel, resolve
 from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.transform.apply import Addition, EditedGGUF, plan_gguf_edit
@@ -178,11 +178,11 @@ def merge_and_land(
                 progress=land_options.progress,
             )  # fmt: skip
             folder = base.folder if land_options.dry_run else Path(scratch) / "merged"
-            with _merging(base, inputs, options):
+            with _merging(base, inputs, options, changes):
                 landed = import_folder(folder, name, wanted, land_options, ConvertOptions(n_threads=options.n_threads))
             return replace(merged, output=None), landed
     projector = base.installed.projector if base.installed is not None else None
-    with _open_merge(base, inputs, options) as merge, _merging(base, inputs, options):
+    with _open_merge(base, inputs, options) as merge, _merging(base, inputs, options, changes):
         landed = land_planned(
             lambda: contextlib.nullcontext(merge.gguf), name, wanted, land_options, projector=projector
         )
@@ -190,11 +190,19 @@ def merge_and_land(
 
 
 def _merging(
-    base: ResolvedModel, inputs: Sequence[MergeInput], options: MergeOptions
+    base: ResolvedModel, inputs: Sequence[MergeInput], options: MergeOptions, changes: Modelfile
 ) -> contextlib.AbstractContextManager[None]:
-    """What the registry is told of a merge."""
-    adapters = [file_ingredient(item.path, "adapter") for item in inputs]
-    return working("merge", [ingredient_of(base), *adapters], inputs=inputs, options=options)
+    """What the registry is told of a merge; enough to do it again."""
+    sources = [ingredient_of(base), *(file_ingredient(item.path, "adapter") for item in inputs)]
+    if options.imatrix is not None:
+        sources.append(file_ingredient(options.imatrix, "imatrix"))
+    return working(
+        "merge",
+        sources,
+        weights=[item.weight for item in inputs],
+        untie=options.untie,
+        modelfile=modelfile_text(changes),
+    )
 
 
 def inherited(base: ResolvedModel, changes: Modelfile) -> Modelfile:

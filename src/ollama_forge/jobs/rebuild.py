@@ -2,33 +2,28 @@
 
 In: the registry and a model. Out: `Rebuilt`. It is made in a store of its own beside the one that it is in, under the
 names that were recorded, because a manifest holds names; that store shares the blobs of bases, and goes away at the
-end. Imports, quantizations and customisations can be made again.
+end. How each step is repeated is `jobs.rebuild_steps`'s business.
 """
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ollama_forge.convert.plan import ConvertOptions
 from ollama_forge.errors import NotFoundError, StoreError, UnsupportedError
-from ollama_forge.files import Progress, disk_error, hash_file, no_progress
-from ollama_forge.gguf.quantize import QuantizeOptions
-from ollama_forge.gguf.types import FileType, GGMLType
-from ollama_forge.jobs.landing import LandedModel, LandOptions, import_folder, land_gguf, land_installed
-from ollama_forge.jobs.lineage import unrecorded
+from ollama_forge.files import Progress, disk_error, no_progress
+from ollama_forge.jobs.landing import LandedModel, LandOptions
+from ollama_forge.jobs.lineage import content_digest, unrecorded
+from ollama_forge.jobs.rebuild_steps import MADE_ON_THE_WAY, STEPS, repeat_step
 from ollama_forge.registry.document import Document, Landing, Parent
 from ollama_forge.registry.lifecycle import find_entries, store_folder
 from ollama_forge.store.catalog import Store
 from ollama_forge.store.installed import InstalledModel
-from ollama_forge.store.modelfile import Modelfile, parse_modelfile
 from ollama_forge.store.publish import publish_manifest
-
-STEPS = ("import", "quantize", "create")
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,7 @@ def rebuild(
     Raises:
         NotFoundError: no record of how it was made, or a source that is gone.
         StoreError: a source that is another one by now.
-        UnsupportedError: a step that cannot be made again (training, merging).
+        UnsupportedError: a step that cannot be made again.
     """
     entry = find_entries(document, [ref])[0]
     folder = store_folder(entry)
@@ -131,7 +126,7 @@ class _Rebuild:
         for parent in landing.parents:
             if parent.role == "base" and self._is_made_again(parent):
                 self.plan(parent.digest, parent.ref)
-            else:
+            elif parent.role not in MADE_ON_THE_WAY.get(landing.step, ()):
                 self._require(parent)
         sources = tuple(f"{one.role}: {one.ref}" for one in landing.parents)
         step = RebuildStep(landing.name, landing.step, digest, sources)
@@ -141,23 +136,14 @@ class _Rebuild:
     def make(self, digest: str, scratch: Store, options: LandOptions) -> LandedModel:
         """Make it, and before it what it was made from, in the scratch store."""
         landing = self._landing(digest, digest)
-        (base,) = (one for one in landing.parents if one.role == "base")
-        adapters = tuple(Path(one.ref) for one in landing.parents if one.role == "adapter")
-        changes = _modelfile(landing.parameters.get("modelfile"))
+        (base,) = _parents(landing, "base")
         source: InstalledModel | Path
         if self._is_made_again(base):
             source = scratch.find(self.make(base.digest, scratch, options).name)
         else:
             installed = self._installed(base)
             source = Path(base.ref) if installed is None else _share_into(scratch, installed)
-        if isinstance(source, InstalledModel):
-            return land_installed(source, landing.name, changes, options, adapters=adapters)
-        if landing.step == "import":
-            conversion = _convert_options(landing.parameters.get("conversion") or {})
-            return import_folder(source, landing.name, changes, options, conversion, adapters=adapters)
-        wanted = landing.parameters.get("quantization")
-        quantize = None if wanted is None else _quantize_options(wanted)
-        return land_gguf(source, landing.name, changes, options, adapters=adapters, quantize=quantize)
+        return repeat_step(landing, source, options)
 
     def _landing(self, digest: str, name: str) -> Landing:
         landings = self._document.lineage.get(digest, ())
@@ -168,8 +154,7 @@ class _Rebuild:
                 next=f"See what is known: ollama-forge registry lineage {name}",
             )
         landing = landings[-1]
-        n_bases = sum(one.role == "base" for one in landing.parents)
-        if landing.step not in STEPS or n_bases != 1:
+        if landing.step not in STEPS or len(_parents(landing, "base")) != 1:
             raise UnsupportedError(
                 f"The step {landing.step!r} of {landing.name!r} cannot be made again by `rebuild`",
                 why=f"It can repeat {', '.join(STEPS)}.",
@@ -200,40 +185,13 @@ class _Rebuild:
             raise NotFoundError(
                 f"The {parent.role} {parent.ref!r} is gone", next="Bring it back to that place, then run this again."
             )
-        if parent.digest and path.is_file() and f"sha256:{hash_file(path).sha256}" != parent.digest:
+        if parent.digest and content_digest(path) != parent.digest:
             raise StoreError(
-                f"The {parent.role} {parent.ref!r} is another file by now",
+                f"The {parent.role} {parent.ref!r} is another one by now",
                 why=f"{parent.digest} was recorded.",
                 next="Bring the old one back.",
             )
 
 
-def _modelfile(text: object) -> Modelfile:
-    return replace(parse_modelfile(text), sources=()) if isinstance(text, str) else Modelfile()
-
-
-def _convert_options(plain: Mapping[str, Any]) -> ConvertOptions:
-    quantize = plain.get("quantize")
-    return ConvertOptions(
-        outtype=str(plain.get("outtype", "auto")),
-        quantize=None if quantize is None else _quantize_options(quantize),
-        name=plain.get("name"),
-    )
-
-
-def _quantize_options(plain: Mapping[str, Any]) -> QuantizeOptions:
-    known: dict[str, Any] = {"file_type": FileType[plain["file_type"]]}
-    for field in ("output_tensor_type", "token_embedding_type"):
-        if plain.get(field) is not None:
-            known[field] = GGMLType[plain[field]]
-    if plain.get("tensor_types"):
-        known["tensor_types"] = tuple((pattern, GGMLType[name]) for pattern, name in plain["tensor_types"])
-    for field in ("pure", "leave_output_tensor", "allow_requantize"):
-        known[field] = bool(plain.get(field))
-    if plain.get("imatrix") is not None:
-        raise UnsupportedError(
-            "A quantization with an importance matrix cannot be made again by `rebuild`",
-            why="The record names the matrix, and does not hold it.",
-            next="Quantize again by hand: ollama-forge quantize --imatrix FILE",
-        )
-    return QuantizeOptions(**known)
+def _parents(landing: Landing, role: str) -> list[Parent]:
+    return [parent for parent in landing.parents if parent.role == role]

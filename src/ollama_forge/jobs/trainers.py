@@ -18,7 +18,7 @@ from ollama_forge.errors import ExistsError, MissingExtraError, UsageError
 from ollama_forge.files import hash_file, make_folder, refuse_existing
 from ollama_forge.jobs.external_program import Output, quoted, run_program
 from ollama_forge.jobs.finetune import FinetuneResult, finetune
-from ollama_forge.jobs.finetune_setup import FinetuneRequest, require_free_name, resolve_trainable, twin_of
+from ollama_forge.jobs.finetune_setup import FinetuneRequest, as_trainable, require_free_name, twin_of
 from ollama_forge.jobs.landing import LandOptions
 from ollama_forge.jobs.resolve import ResolvedModel, resolve
 from ollama_forge.jobs.trainer_job import TrainerJob, TrainerOptions, TrainerResult, check_claim, write_claim
@@ -143,7 +143,7 @@ def _train_outside(
     prepared = _prepare(request, _form(trainer), _prepared_path(name, request, trainer), options)
     write_claim(request, claim)
     if program is not None or original.folder is None:
-        target = resolve_trainable(request.base, request.folder, options)  # refuses what has adapters already
+        target = _trainable(request, options)  # refuses what has adapters already
     if program is not None:
         source = _training_base(trainer, target, options)
         adapter_dir = (trainer.adapter_output or Path(ADAPTER_NAME)).absolute()
@@ -159,7 +159,11 @@ def _train_outside(
             return TrainerResult(job)
         raise _missing(job, request)
     _run(job, request.folder, output)
-    return finish(job, request, resolve_trainable(request.base, request.folder, options), options)
+    return finish(job, request, _trainable(request, options), options)
+
+
+def _trainable(request: FinetuneRequest, options: LandOptions) -> ResolvedModel:
+    return as_trainable(resolve(request.base, options.store_path), request.folder, options)
 
 
 def _run(job: TrainerJob, folder: Path, output: Output) -> None:

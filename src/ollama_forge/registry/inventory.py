@@ -118,10 +118,12 @@ def read_store_inventory(store: Store) -> Inventory:
     )
 
 
-def read_server_inventory(server: OllamaServer) -> Inventory:
-    """Every model of a running Ollama, through its API."""
+def read_server_inventory(server: OllamaServer, only: str | None = None) -> Inventory:
+    """Every model of a running Ollama, through its API; or one of them, by its name."""
     models, oddities = [], []
     for row in sorted(server.tags(), key=lambda row: row.name):
+        if only is not None and parse_name(row.name) != parse_name(only):
+            continue
         capabilities = None
         try:
             capabilities = tuple(sorted(server.show(row.name).capabilities)) or None
@@ -141,7 +143,7 @@ def read_server_inventory(server: OllamaServer) -> Inventory:
             )
         )
         oddities += _compare(row.name, parse_quantization(row.quantization))
-    return Inventory("server", server.address.url, tuple(models), tuple(oddities))
+    return Inventory("server", server.address.url, tuple(models), tuple(oddities), is_whole=only is None)
 
 
 def listed_inventory(listing: Listing) -> Inventory:
