@@ -16,6 +16,9 @@ from ollama_forge.errors import ForgeError
 COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "begin": {
         "demo": ("demo", "See the whole way once: import, quantize, land, customise, run."),
+        "start": ("quickstart", "A small current model, chosen for this machine, in Ollama: one command."),
+        "quickstart": ("quickstart", "The same as start."),
+        "auto": ("auto", "Whatever you have - recipe, GGUF, folder, repo, model, adapter: the right thing is done."),
         "check": ("check", "What is here: engine, store, server, extras, disk; and the next step for each."),
         "doctor": ("doctor", "A deep look at all that is here; mends what a command can mend, with --fix."),
         "wizard": ("wizard", "One sitting: choose a model, a name and a job; see whether it fits; run it."),
@@ -37,6 +40,9 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
             "create_from_base",
             "A new model from one you have: prompt, parameters, template, adapter.",
         ),
+        "build": ("build", "One file says what the model is; only what is not done yet is done."),
+        "validate-recipe": ("validate_recipe", "Everything that is wrong with a recipe, each with its line."),
+        "plan": ("plan", "What a command would do, with disk, memory and time; kept in a file, and run from it."),
         "merge": ("merge", "Merge adapters into a model, back into the same quantization."),
         "quantize": ("quantize", "Make a GGUF or an Ollama model smaller, equal to llama-quantize's result."),
     },
@@ -53,6 +59,10 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "validate-training-data": ("validate_training_data", "Is every line fit to train on?"),
         "prepare-training-data": ("prepare_training_data", "Training data in the form that another trainer takes."),
         "convert-training-data-format": ("convert_training_data_format", "Training data: Alpaca to messages and back."),
+    },
+    "edit": {
+        "downsize": ("downsize", "A smaller model from a larger one: prune, and heal by distillation."),
+        "abliterate": ("abliterate", "Take a direction, such as that of refusals, out of a model; and measure what is left."),
     },
     "look": {
         "list": ("list_models", "Models in Ollama's store."),

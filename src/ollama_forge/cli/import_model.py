@@ -18,7 +18,7 @@ from ollama_forge.cli.options import (
 from ollama_forge.errors import UsageError
 
 if TYPE_CHECKING:
-    from ollama_forge.jobs.landing import LandOptions
+    from ollama_forge.jobs.landing import LandedModel, LandOptions
     from ollama_forge.store.modelfile import Modelfile
 
 
@@ -40,6 +40,12 @@ if TYPE_CHECKING:
 )
 @click.option("--outtype", type=click.Choice(OUTTYPES, case_sensitive=False), default="auto", show_default=True)
 @click.option("--imatrix", type=click.Path(path_type=Path, exists=True), help="Importance matrix for --quant.")
+@click.option(
+    "--output-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Keep the converted GGUF there too: model.gguf, or model-Q4_K_M.gguf when it is quantized.",
+)
 @threads_option
 @modelfile_options
 @landing_options
@@ -51,6 +57,7 @@ def command(
     quant: str,
     outtype: str,
     imatrix: Path | None,
+    output_dir: Path | None,
     n_threads: int | None,
     changes: Modelfile,
     options: LandOptions,
@@ -67,6 +74,7 @@ def command(
 
     quantize = None if quant.lower() == "none" else quantize_options(quant, imatrix=imatrix, n_threads=n_threads)
     conversion = convert_options(outtype, quantize, n_threads=n_threads)
+    kept = _kept_path(output_dir, quant, options)
     if is_repo(source):
         from ollama_forge.cli.hub_report import report_hub_landing
         from ollama_forge.jobs.hub import import_repo
@@ -75,7 +83,9 @@ def command(
         named = parse_repo(source)
         if revision:
             named = replace(named, revision=revision)
-        report_hub_landing(console, import_repo(named, name, changes, options, conversion, keep_source=keep_source))
+        done = import_repo(named, name, changes, options, conversion, keep_source=keep_source)
+        _keep(kept, done.landed, options, console)
+        report_hub_landing(console, done)
         return
     if revision:
         raise UsageError(
@@ -83,7 +93,33 @@ def command(
             next=f"Leave it out, or name the repo: ollama-forge import org/name --revision {revision} --name {name}",
         )
     landed = import_folder(resolve_folder(source), name, changes, options, conversion)
+    _keep(kept, landed, options, console)
     report_landed(console, landed)
+
+
+def _kept_path(output_dir: Path | None, quant: str, options: LandOptions) -> Path | None:
+    """Where the GGUF is kept; refused before any work when something is there."""
+    from ollama_forge.files import refuse_existing
+
+    if output_dir is None:
+        return None
+    if options.server is not None:
+        raise UsageError(
+            "--output-dir keeps what lands in a store, and this lands in a server",
+            next="Leave it out, or: ollama-forge convert SOURCE -o model.gguf",
+        )
+    kept = output_dir / ("model.gguf" if quant.lower() == "none" else f"model-{quant.upper()}.gguf")
+    refuse_existing(kept, overwrite=options.overwrite)
+    return kept
+
+
+def _keep(kept: Path | None, landed: LandedModel, options: LandOptions, console: Console) -> None:
+    if kept is None or options.dry_run:
+        return
+    from ollama_forge.jobs.export import export_model
+
+    export_model(landed.name, kept, store_path=options.store_path, overwrite=options.overwrite)
+    console.done(f"Kept {kept}")
 
 
 def is_repo(source: str) -> bool:

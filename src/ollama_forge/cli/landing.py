@@ -54,10 +54,11 @@ def report_landed(console: Console, landed: LandedModel, extra: dict[str, Any] |
     """Print the result of a landing: JSON, or the lines for people."""
     for warning in landed.warnings:
         console.warn(warning)
-    console.result({**landed.document(), **(extra or {})}, lambda: _show(console, landed))
+    console.result({**landed.document(), **(extra or {})}, lambda: show_landed(console, landed))
 
 
-def _show(console: Console, landed: LandedModel) -> None:
+def show_landed(console: Console, landed: LandedModel) -> None:
+    """The lines for people."""
     sizes = f"{human_bytes(landed.written_bytes)} written, {human_bytes(landed.shared_bytes)} shared"
     if landed.is_dry_run:
         verb = "replaced" if landed.replaced else "made"

@@ -1,0 +1,330 @@
+"""Build a recipe: do what is not done yet, land the model, write the lock.
+
+In: a `Recipe`. Out: `Build`, which counts what was done and what was there. A second build writes nothing; a killed one
+goes on at the step that it was in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ollama_forge.errors import RecipeError
+from ollama_forge.files import hash_file
+from ollama_forge.jobs.conversion import convert_options
+from ollama_forge.jobs.landing import LandedModel, LandOptions, import_folder, land_gguf, land_installed
+from ollama_forge.jobs.lineage import Ingredient, ingredient_of, working
+from ollama_forge.jobs.merging import inherited
+from ollama_forge.jobs.resolve import ResolvedModel
+from ollama_forge.recipe.estimate import BuildEstimate, estimate_build
+from ollama_forge.recipe.lock import Lock, lock_path, read_lock, refuse_drift, write_lock
+from ollama_forge.recipe.plan import BuildPlan, PlannedStep, landed_key, modelfile_text, plan_build, versions_of
+from ollama_forge.recipe.read import Recipe
+from ollama_forge.recipe.steps import Workbench, current_model, run_step
+from ollama_forge.recipe.work import DONE, StepResult
+from ollama_forge.store.catalog import open_store
+from ollama_forge.store.land import require_free_name
+from ollama_forge.store.modelfile import Modelfile
+from ollama_forge.train.options import Watch
+
+_TRAINED = ("finetune",)
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class BuiltStep:
+    """A step as it went. `state` is `done`, `cached` (it was there) or `planned` (a dry run)."""
+
+    kind: str
+    key: str
+    state: str
+    seconds: float = 0.0
+    written_bytes: int = 0
+    facts: dict[str, Any] | None = None
+
+    def document(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {
+            "kind": self.kind,
+            "key": self.key[:24],
+            "state": self.state,
+            "seconds": round(self.seconds, 3),
+            "written_bytes": self.written_bytes,
+            "facts": self.facts or {},
+        }
+
+
+@dataclass(frozen=True)
+class Build:
+    """What came of a build.
+
+    Attributes:
+        is_up_to_date: the model was there already, and nothing was written.
+        landed: None when it was there already, or in a dry run that cannot know it yet.
+        downloaded_bytes: in a dry run: what would come.
+    """
+
+    plan: BuildPlan
+    steps: tuple[BuiltStep, ...]
+    is_up_to_date: bool
+    landed: LandedModel | None
+    lock: Path
+    is_lock_written: bool
+    downloaded_bytes: int
+    seconds: float
+    estimate: BuildEstimate | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def is_dry_run(self) -> bool:
+        return self.estimate is not None
+
+    def document(self) -> dict[str, Any]:
+        """The JSON form."""
+        landed = self.landed
+        return {
+            "recipe": str(self.plan.recipe.path),
+            "name": landed.name if landed else self.plan.recipe.name,
+            "digest": landed.digest if landed else self.plan.landed or "",
+            "key": self.plan.key,
+            "up_to_date": self.is_up_to_date,
+            "steps": [step.document() for step in self.steps],
+            "steps_done": sum(step.state == "done" for step in self.steps),
+            "steps_cached": sum(step.state == "cached" for step in self.steps),
+            "written_bytes": sum(step.written_bytes for step in self.steps) + (landed.written_bytes if landed else 0),
+            "downloaded_bytes": self.downloaded_bytes,
+            "source": dict(self.plan.source.facts),
+            "lock": str(self.lock),
+            "lock_written": self.is_lock_written,
+            "landed": landed.document() if landed else None,
+            "estimate": self.estimate.document() if self.estimate else None,
+            "warnings": list(self.warnings),
+            "seconds": round(self.seconds, 3),
+            "dry_run": self.is_dry_run,
+        }
+
+
+def build_recipe(
+    recipe: Recipe,
+    options: LandOptions,
+    *,
+    locked: bool = False,
+    say: Say = lambda _text: None,
+    watch: Watch | None = None,
+) -> Build:
+    """Build a recipe; with `options.dry_run` only say what would be done.
+
+    Args:
+        locked: refuse whatever differs from the recipe's lock.
+
+    Raises:
+        RecipeError: the lock says otherwise; or a step made other bytes than were locked.
+        ExistsError: another model has the name, and `options.overwrite` is false.
+        Whatever the jobs of the steps raise.
+    """
+    started = time.monotonic()
+    lock = read_lock(recipe.path) if locked else None
+    plan = plan_build(
+        recipe, options.store_path, lock=lock, progress=options.progress, is_remote=options.server is not None
+    )
+    document = lock_document(plan, {})
+    if lock is not None:
+        refuse_drift(lock, document)
+    if plan.source.said:
+        say(plan.source.said)
+    cached = tuple(_cached(step) for step in plan.steps)
+    if plan.landed is not None:
+        path, is_written = lock_path(recipe.path), False
+        if not locked and not options.dry_run:
+            plan.fingerprints.save()
+            results = {step.number: step.result for step in plan.steps if step.result is not None}
+            is_written = write_lock(path, {**lock_document(plan, results), "model": {"digest": plan.landed}})
+        seconds = time.monotonic() - started
+        estimate = BuildEstimate() if options.dry_run else None
+        return Build(plan, cached, True, None, path, is_written, 0, seconds, estimate, plan.source.warnings)
+    _require_free_name(plan, options)
+    if options.dry_run:
+        estimate = estimate_build(plan, options)
+        steps = tuple(step if step.state == "cached" else replace(step, state="planned") for step in cached)
+        missing, seconds = plan.source.missing_bytes, time.monotonic() - started
+        path = lock_path(recipe.path)
+        return Build(plan, steps, False, None, path, False, missing, seconds, estimate, plan.source.warnings)
+    return _build(plan, options, lock, say, watch, started)
+
+
+def _build(
+    plan: BuildPlan, options: LandOptions, lock: Lock | None, say: Say, watch: Watch | None, started: float
+) -> Build:
+    recipe = plan.recipe
+    source = plan.source.fetch()
+    assert source.local is not None
+    plan.fingerprints.save()
+    state, results, built = StepResult(), dict[int, StepResult](), list[BuiltStep]()
+    warnings = list(plan.source.warnings)
+    for index, step in enumerate(plan.steps):
+        if step.result is not None and index < plan.first_to_do:
+            state = results[step.number] = step.result
+            built.append(_cached(step))
+            say(f"{index + 1}. {step.kind}: it is there already")
+            continue
+        if index < plan.first_to_do:
+            built.append(_cached(step))  # its files are gone, and nobody needs them: a later step is whole
+            continue
+        say(f"{index + 1}. {step.kind}")
+        begun = time.monotonic()
+        bench = Workbench(
+            source.local, state, recipe.folder, step.adapters, options.store_path, options.progress, watch
+        )
+        state = results[step.number] = run_step(step.step, bench, plan.work.open_step(step.kind, step.key))
+        warnings += [str(text) for text in state.facts.get("warnings", ())]
+        _compare_outputs(lock, step, state, warnings)
+        plan.work.write_step(step.kind, step.key, state)
+        folder = plan.work.step_dir(step.kind, step.key)
+        written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != DONE)
+        built.append(BuiltStep(step.kind, step.key, "done", time.monotonic() - begun, written, state.facts))
+    say(f"{len(plan.steps) + 1}. create {recipe.name}")
+    if options.server is None:
+        plan.work.write_landed(_landed_key(plan, options), {"digest": None, "name": recipe.name})
+    with _building(plan):
+        landed = _land(source.local, state, plan, options, source.projector)
+    path, is_written = lock_path(recipe.path), False
+    if options.server is None:
+        plan.work.write_landed(_landed_key(plan, options), {"digest": landed.digest, "name": landed.name})
+    if lock is None:
+        document = {**lock_document(plan, results), "model": {"digest": landed.digest}}
+        is_written = write_lock(path, document)
+    elif lock.document.get("model", {}).get("digest") not in (landed.digest, None) and options.server is None:
+        warnings.append("The finished model has another digest than the locked one.")
+    return Build(
+        plan,
+        tuple(built),
+        False,
+        landed,
+        path,
+        is_written,
+        plan.source.missing_bytes,
+        time.monotonic() - started,
+        None,
+        tuple(warnings),
+    )
+
+
+def lock_document(plan: BuildPlan, results: dict[int, StepResult]) -> dict[str, Any]:
+    """What the lock says of a plan; with what the steps made, where that is known."""
+    steps = []
+    for step in plan.steps:
+        entry: dict[str, Any] = {"kind": step.kind, "options": step.options, "inputs": dict(step.inputs)}
+        if step.commits:
+            entry["commits"] = step.commits
+        if step.number in results:
+            entry["outputs"] = results[step.number].outputs
+        steps.append(entry)
+    return {
+        "schema": 1,
+        "name": plan.recipe.name,
+        "source": plan.source.facts,
+        "outtype": plan.recipe.source.outtype,
+        "steps": steps,
+        "modelfile": modelfile_text(plan.changes),
+        "versions": versions_of(plan.steps),
+    }
+
+
+def _cached(step: PlannedStep) -> BuiltStep:
+    is_there = step.result is not None
+    return BuiltStep(
+        step.kind, step.key, "cached" if is_there else "planned", facts=step.result.facts if step.result else None
+    )
+
+
+def _compare_outputs(lock: Lock | None, step: PlannedStep, state: StepResult, warnings: list[str]) -> None:
+    """A step that has the same inputs makes the same bytes, unless it trains: another machine may round otherwise."""
+    locked = lock.step_outputs(step.number) if lock else {}
+    if not locked or locked == state.outputs:
+        return
+    what = f"Step {step.number + 1} ({step.kind}) made other bytes than were locked"
+    if step.kind in _TRAINED:
+        warnings.append(f"{what}: training rounds otherwise on another processor or card.")
+        return
+    raise RecipeError(
+        what,
+        why=f"Locked {locked}, made {state.outputs}.",
+        next="Build without --locked to take what this machine makes.",
+    )
+
+
+def _require_free_name(plan: BuildPlan, options: LandOptions) -> None:
+    """Say that a name is taken before hours are spent on it; a build that was killed while it landed may go on."""
+    if options.server is not None:
+        return
+    store = open_store(options.store_path)
+    has_begun = plan.work.read_landed(_landed_key(plan, options)) is not None
+    require_free_name(store, plan.recipe.name, overwrite=options.overwrite or has_begun)
+
+
+def _landed_key(plan: BuildPlan, options: LandOptions) -> str:
+    store = open_store(options.store_path)
+    return landed_key(plan.key, store.models_dir, store.canonical(plan.recipe.name).display)
+
+
+def _building(plan: BuildPlan) -> Any:
+    """What the registry is told of a build."""
+    ingredients = list(_ingredients(plan))
+    steps = [{"kind": step.kind, **_changed(step)} for step in plan.steps]
+    return working("build", ingredients, recipe=plan.recipe.path.name, key=plan.key, steps=steps)
+
+
+def _changed(step: PlannedStep) -> dict[str, Any]:
+    return {key: value for key, value in step.options.items() if key in step.step.model_fields_set and key != "kind"}
+
+
+def _ingredients(plan: BuildPlan) -> Iterator[Ingredient]:
+    source = plan.source
+    if source.commit:
+        yield Ingredient("base", f"hf:{source.facts['repo']}", commit=source.commit)
+    elif source.local is not None:
+        yield ingredient_of(source.local)
+    yield Ingredient("recipe", str(plan.recipe.path), f"sha256:{hash_file(plan.recipe.path).sha256}")
+    for step in plan.steps:
+        role = "data" if step.kind == "finetune" else "adapter"
+        for adapter in step.adapters:
+            if adapter.commit:
+                yield Ingredient(role, adapter.label, commit=adapter.commit)
+        for label, sha256 in step.inputs.items():
+            if not label.startswith("hf:"):
+                yield Ingredient(role, label, f"sha256:{sha256}")
+
+
+def _land(
+    source: ResolvedModel, state: StepResult, plan: BuildPlan, options: LandOptions, projector: Path | None
+) -> LandedModel:
+    name = plan.recipe.name
+    changes = plan.changes
+    if state.template is not None and changes.template is None:
+        changes = replace(changes, template=state.template)
+    if state.weights is None and source.installed is not None:
+        return land_installed(source.installed, name, changes, options, adapters=state.adapters)
+    model = current_model(source, state)
+    wanted = inherited(model, changes) if source.installed is not None else changes
+    if source.installed is not None:
+        projector = source.installed.projector
+    return _land_weights(model, name, wanted, options, projector, plan)
+
+
+def _land_weights(
+    model: ResolvedModel,
+    name: str,
+    wanted: Modelfile,
+    options: LandOptions,
+    projector: Path | None,
+    plan: BuildPlan,
+) -> LandedModel:
+    adapters: Sequence[Path] = model.adapters
+    if model.folder is not None:
+        conversion = convert_options(plan.recipe.source.outtype, None)
+        return import_folder(model.folder, name, wanted, options, conversion, adapters=adapters)
+    assert model.gguf_path is not None
+    return land_gguf(model.gguf_path, name, wanted, options, adapters=adapters, projector=projector)

@@ -1,0 +1,134 @@
+"""The work folder: what each step of a build made, kept under the hash of all that went into it.
+
+`OLLAMA_FORGE_HOME/builds/steps/KIND-KEY/` holds a step's files; its `done.json`, written last, says that they are
+whole. `builds/landed/KEY.json` says which model a whole recipe came to. So a killed build goes on where it was, and a
+second one has nothing to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ollama_forge.files import make_folder, write_bytes
+from ollama_forge.registry.registry_file import forge_home
+
+DONE = "done.json"
+_KEY_DIGITS = 24
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step left: the state of the model after it.
+
+    Attributes:
+        weights: the GGUF file or the folder; None: the source's own.
+        adapters: layers on top, in order.
+        template: an Ollama template that the step asks for.
+        outputs: SHA-256 by file name, of the files that this step made.
+        facts: what it tells: losses, tensors, warnings.
+    """
+
+    weights: Path | None = None
+    adapters: tuple[Path, ...] = ()
+    template: str | None = None
+    outputs: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WorkFolder:
+    """Where builds keep what they made."""
+
+    root: Path
+
+    @property
+    def memo_path(self) -> Path:
+        """Where hashes of files are remembered."""
+        return self.root / "hashes.json"
+
+    def step_dir(self, kind: str, key: str) -> Path:
+        """The folder of a step."""
+        return self.root / "steps" / f"{kind}-{key[:_KEY_DIGITS]}"
+
+    def read_step(self, kind: str, key: str) -> StepResult | None:
+        """A step's result, when it is whole and all its files are still there."""
+        folder = self.step_dir(kind, key)
+        document = _read_json(folder / DONE)
+        if not document or document.get("key") != key:
+            return None
+        try:
+            result = StepResult(
+                weights=_back(self.root, document["weights"]),
+                adapters=tuple(self.root / text for text in document["adapters"]),
+                template=document["template"],
+                outputs=dict(document["outputs"]),
+                facts=dict(document["facts"]),
+            )
+            is_whole = all((self.root / text).stat().st_size == size for text, size in document["sizes"].items())
+        except (KeyError, TypeError, ValueError, OSError, AttributeError):
+            return None
+        return result if is_whole else None
+
+    def write_step(self, kind: str, key: str, result: StepResult) -> None:
+        """Say that a step is done; its files are under their final names already."""
+        files = [path for path in (result.weights, *result.adapters) if path is not None]
+        document = {
+            "key": key,
+            "weights": _relative(self.root, result.weights),
+            "adapters": [_relative(self.root, path) for path in result.adapters],
+            "template": result.template,
+            "outputs": result.outputs,
+            "facts": result.facts,
+            "sizes": {str(_relative(self.root, path)): path.stat().st_size for path in files if path.is_file()},
+        }
+        path = self.step_dir(kind, key) / DONE
+        write_bytes(path, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode(), overwrite=True)
+
+    def open_step(self, kind: str, key: str) -> Path:
+        """The folder of a step that is to be done (again)."""
+        folder = self.step_dir(kind, key)
+        make_folder(folder)
+        with contextlib.suppress(FileNotFoundError):
+            (folder / DONE).unlink()
+        return folder
+
+    def discard(self, kind: str, key: str) -> None:
+        """Give a step's disk back."""
+        shutil.rmtree(self.step_dir(kind, key), ignore_errors=True)
+
+    def read_landed(self, key: str) -> dict[str, Any] | None:
+        """Which model a recipe came to, if it did."""
+        return _read_json(self.root / "landed" / f"{key}.json")
+
+    def write_landed(self, key: str, document: dict[str, Any]) -> None:
+        """Remember which model a recipe came to."""
+        path = self.root / "landed" / f"{key}.json"
+        write_bytes(path, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode(), overwrite=True)
+
+
+def open_work_folder() -> WorkFolder:
+    """The work folder of this person; it is made when something is written there."""
+    return WorkFolder(forge_home() / "builds")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _relative(root: Path, path: Path | None) -> str | None:
+    if path is None:
+        return None
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
+def _back(root: Path, text: str | None) -> Path | None:
+    return None if text is None else root / text

@@ -1,0 +1,231 @@
+"""Recipes built: what comes out, what a second build does, what a killed one leaves, what a lock refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from command import DEMO_MODEL, forge, forge_json, tree_hash
+from kill import kill_forks
+from tiny_adapters import build_adapter
+
+from ollama_forge.store.catalog import open_store
+from ollama_forge.store.verify import verify_store
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty work folder of the test's own."""
+    monkeypatch.setenv("OLLAMA_FORGE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with the demo model as `base`, an adapter that fits it, and the model's own folder."""
+    folder = tmp_path_factory.mktemp("origin")
+    forge_json("import", DEMO_MODEL, "--name", "base", "--quant", "Q8_0", "--no-check", "--store", folder / "store")
+    shutil.copytree(DEMO_MODEL, folder / "model")
+    build_adapter(folder / "model", folder / "lora", spread=0.002, target_modules=["q_proj", "v_proj"])
+    return folder
+
+
+@pytest.fixture
+def place(origin: Path, tmp_path: Path, home: Path) -> Path:
+    """A copy of it for one test."""
+    shutil.copytree(origin, tmp_path / "place")
+    return tmp_path / "place"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_base_gets_a_prompt_parameters_messages_and_a_licence(place: Path) -> None:
+    (place / "LICENCE.txt").write_text("Do what you like.")
+    recipe = write(
+        place,
+        "name: pirate\nbase: base\nsystem: Answer like a {{ who }}.\nvariables: {who: pirate}\ntemperature: 0\n"
+        "parameters: {top_k: 20, stop: [one, two]}\nmessages:\n  - user: Hello\n  - {role: assistant, content: Arr!}\n"
+        "licence: '@LICENCE.txt'\n",
+    )
+    done = forge_json("build", recipe, "--store", place / "store")
+    assert done["name"] == "pirate:latest" and done["written_bytes"] < 10_000 and done["lock_written"]
+    shown = forge_json("show", "pirate", "--store", place / "store")
+    assert shown["system"] == "Answer like a pirate."
+    assert shown["modelfile_parameters"] == {"stop": ["one", "two"], "temperature": 0.0, "top_k": 20}
+    by_hand = forge_json(
+        *("create-from-base", "--base", "base", "--name", "by-hand", "--store", place / "store"),
+        *("--system", "Answer like a pirate.", "--temperature", "0", "--param", "top_k=20", "--stop", "one"),
+        *("--stop", "two", "--message", "user=Hello", "--message", "assistant=Arr!", "--license", "Do what you like."),
+    )
+    assert by_hand["digest"] == done["digest"]
+
+
+def test_steps_make_what_the_commands_make(place: Path, tmp_path: Path) -> None:
+    recipe = write(
+        place,
+        "name: small\ncheckpoint: model\nsteps:\n  - merge: lora\n  - quantize: Q4_K_M\n  - create: {system: Hi.}\n",
+    )
+    done = forge_json("build", recipe, "--store", place / "store")
+    assert [(step["kind"], step["state"]) for step in done["steps"]] == [("merge", "done"), ("quantize", "done")]
+    forge_json("merge", place / "model", place / "lora", "-o", tmp_path / "merged")
+    written = forge_json("convert", tmp_path / "merged", "-o", tmp_path / "by-hand.gguf", "--quant", "Q4_K_M")
+    blob = open_store(place / "store").find("small").model_path
+    assert blob is not None and blob.name == f"sha256-{written['sha256']}"
+    lineage = forge_json("registry", "lineage", "small")
+    assert "build" in json.dumps(lineage)
+
+
+def test_adapters_become_layers_and_a_gguf_is_quantized(place: Path) -> None:
+    forge_json("convert", place / "model", "-o", place / "f.gguf")
+    recipe = write(place, "name: layered\ngguf: f.gguf\nquantize: Q8_0\nadapter: lora\nsystem: Hi.\n")
+    done = forge_json("build", recipe, "--store", place / "store")
+    model = open_store(place / "store").find("layered")
+    assert len(model.adapters) == 1 and done["steps_done"] == 2
+    assert forge_json("show", "layered", "--store", place / "store")["quantization"] == "Q8_0"
+
+
+def test_a_second_build_writes_nothing_and_says_so(place: Path, home: Path) -> None:
+    recipe = write(place, "name: m\ncheckpoint: model\nsteps: [{quantize: Q4_K_M}]\n")
+    first = forge_json("build", recipe, "--store", place / "store")
+    before = tree_hash(place), tree_hash(home)
+    second = forge_json("build", recipe, "--store", place / "store")
+    assert (tree_hash(place), tree_hash(home)) == before
+    assert second["up_to_date"] and second["digest"] == first["digest"] and not second["lock_written"]
+    assert (second["written_bytes"], second["steps_done"], second["steps_cached"]) == (0, 0, 1)
+    ended = forge("build", recipe, "--store", place / "store")
+    assert ended.code == 0 and "is up to date" in ended.out and "Nothing was written" in ended.out
+
+
+def test_what_changes_is_made_anew_and_only_what_comes_after_it(place: Path) -> None:
+    text = "name: m\ncheckpoint: model\nsteps:\n  - merge: lora\n  - quantize: Q4_K_M\n"
+    forge_json("build", write(place, text), "--store", place / "store")
+    recipe = write(place, text + "system: Something else.\n")
+    taken = forge("build", recipe, "--store", place / "store", "--json")
+    assert taken.code == 1 and taken.document["error"]["kind"] == "exists"
+    words = forge_json("build", recipe, "--store", place / "store", "--force")
+    assert [step["state"] for step in words["steps"]] == ["cached", "cached"] and words["landed"]["replaced"]
+    other = write(place, text.replace("Q4_K_M", "Q8_0"))
+    done = forge_json("build", other, "--store", place / "store", "--force")
+    assert [step["state"] for step in done["steps"]] == ["cached", "done"]
+    config = place / "model" / "generation_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "temperature": 0.25}))
+    done = forge_json("build", other, "--store", place / "store", "--force")
+    assert [step["state"] for step in done["steps"]] == ["done", "done"]
+
+
+def test_a_dry_run_changes_no_byte_and_knows_the_size(place: Path, home: Path) -> None:
+    recipe = write(place, "name: m\ncheckpoint: model\nsteps: [{quantize: Q4_K_M}]\n")
+    before = tree_hash(place)
+    planned = forge_json("build", recipe, "--dry-run", "--store", place / "store")
+    assert tree_hash(place) == before and not (home / "builds" / "steps").exists()
+    disk = {step["kind"]: step["disk_bytes"] for step in planned["estimate"]["steps"]}
+    done = forge_json("build", recipe, "--store", place / "store")
+    blob = open_store(place / "store").find("m").model_path
+    assert blob is not None and disk["quantize"] == blob.stat().st_size and planned["key"] == done["key"]
+    shown = forge("build", write(place, "name: n\ncheckpoint: model\n"), "--dry-run", "--store", place / "store")
+    assert "would be made" in shown.out and "create" in shown.out
+
+
+def test_a_locked_build_makes_the_same_and_refuses_drift(place: Path, home: Path) -> None:
+    text = "name: m\ncheckpoint: model\nsteps:\n  - merge: {adapters: lora, weights: 0.5}\n  - quantize: Q4_K_M\n"
+    recipe = write(place, text)
+    absent = forge("build", recipe, "--locked", "--store", place / "store", "--json")
+    assert absent.code == 1 and absent.document["error"]["kind"] == "not_found"
+    first = forge_json("build", recipe, "--store", place / "store")
+    lock = json.loads((place / "recipe.lock").read_text())
+    assert str(place) not in (place / "recipe.lock").read_text()
+    assert lock["model"]["digest"] == first["digest"] and "ollama-forge" in lock["versions"]
+    assert set(lock["steps"][0]["inputs"]) == {
+        "lora/README.md",
+        "lora/adapter_config.json",
+        "lora/adapter_model.safetensors",
+    }
+    shutil.rmtree(home / "builds")
+    again = forge_json("build", recipe, "--locked", "--store", place / "other")
+    assert again["digest"] == first["digest"] and not again["lock_written"]
+    write(place, text.replace("0.5", "0.25"))
+    drifted = forge("build", recipe, "--locked", "--store", place / "other", "--force", "--json")
+    assert (
+        drifted.code == 1
+        and "step 1.options.weights: [0.5] was locked, [0.25] is here" in drifted.document["error"]["why"]
+    )
+    write(place, text)
+    weights = place / "lora" / "adapter_model.safetensors"
+    status = weights.stat()
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    drifted = forge("build", recipe, "--locked", "--store", place / "other", "--force", "--json")
+    assert drifted.code == 1 and "lora/adapter_model.safetensors" in drifted.document["error"]["why"]
+    (place / "recipe.lock").write_text("[]")
+    broken = forge("build", recipe, "--locked", "--store", place / "other", "--json")
+    assert broken.code == 1 and broken.document["error"]["kind"] == "recipe"
+
+
+def test_a_lock_of_other_versions_is_refused(place: Path) -> None:
+    recipe = write(place, "name: m\nbase: base\nsystem: Hi.\n")
+    forge_json("build", recipe, "--store", place / "store")
+    path = place / "recipe.lock"
+    lock = json.loads(path.read_text())
+    path.write_text(json.dumps({**lock, "versions": {"ollama-forge": "0.0.1"}}))
+    ended = forge("build", recipe, "--locked", "--store", place / "store", "--json")
+    assert ended.code == 1 and "versions.ollama-forge: 0.0.1 was locked" in ended.document["error"]["why"]
+
+
+PREPARATION = """
+import contextlib, io, os
+from ollama_forge.cli import main
+import ollama_forge.recipe.build
+"""
+RUN = """
+os.environ["OLLAMA_FORGE_HOME"] = str(ROOT / "home")
+with contextlib.redirect_stdout(io.StringIO()):
+    words = ["build", ROOT / "recipe.yaml", "--no-check", "--store", ROOT / "store", "--json"]
+    status = main([str(word) for word in words])
+assert status == 0, status
+"""
+
+
+def test_killed_anywhere_a_build_goes_on_where_it_was(place: Path, tmp_path: Path) -> None:
+    write(place, "name: m\ncheckpoint: model\nsteps:\n  - merge: lora\n  - quantize: Q4_K_M\n  - adapter: lora\n")
+    whole = tmp_path / "whole"
+    shutil.copytree(place, whole)
+    (total,) = (outcome.n_events for outcome in kill_forks(PREPARATION, RUN, [(whole, 0)]))
+    points = sorted({1 + index * (total - 1) // 19 for index in range(20)})
+    roots = [tmp_path / str(point) for point in points]
+    for root in roots:
+        shutil.copytree(place, root)
+    outcomes = kill_forks(PREPARATION, RUN, list(zip(roots, points, strict=True)))
+    assert all(outcome.was_killed for outcome in outcomes)
+    for root in roots:
+        assert verify_store(open_store(root / "store")).is_whole
+    for root, again in zip(roots, kill_forks(PREPARATION, RUN, [(root, 0) for root in roots]), strict=True):
+        assert again.returncode == 0, again.stderr
+        assert open_store(root / "store").find("m").digest == open_store(whole / "store").find("m").digest
+        assert verify_store(open_store(root / "store")).is_whole
+        assert (root / "recipe.lock").read_bytes() == (whole / "recipe.lock").read_bytes()
+
+
+def test_a_finetune_step_is_trained_once_and_resumed(place: Path, home: Path) -> None:
+    pytest.importorskip("torch")
+    data = DEMO_MODEL.parent / "finetune.jsonl"
+    shutil.copy(data, place / "train.jsonl")
+    recipe = write(
+        place,
+        "name: taught\nbase: base\nsteps:\n  - finetune: {data: train.jsonl, max_steps: 2, rank: 2, max_length: 128}\n",
+    )
+    done = forge_json("build", recipe, "--store", place / "store")
+    (step,) = done["steps"]
+    assert step["state"] == "done" and step["facts"]["steps"] == 2
+    assert len(open_store(place / "store").find("taught").adapters) == 1
+    lock = json.loads((place / "recipe.lock").read_text())
+    assert lock["steps"][0]["options"]["seed"] == 0 and "torch" in lock["versions"]
+    assert forge_json("build", recipe, "--store", place / "store")["up_to_date"]
