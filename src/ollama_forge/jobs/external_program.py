@@ -27,6 +27,7 @@ END_TIMEOUT_SECONDS = 10.0
 _HELP_BYTES = 1 << 20
 _KEPT_BYTES = 8192
 _LAST_LINES = 4
+_ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 _LAST_LINE_CHARS = 400
 _TELLING = re.compile(r"GGML_ASSERT|error|failed|abort|exception|out of memory|killed|cannot|unable", re.IGNORECASE)
 _ALLOWED_ENVIRONMENT = re.compile(
@@ -239,7 +240,8 @@ def _ending(code: int) -> str:
 
 def _last_words(said: bytes) -> str:
     """Lines that tell of trouble, and the last ones."""
-    lines = [line.strip() for line in re.split(r"[\r\n]+", said.decode("utf-8", "replace"))]
+    text = _ESCAPES.sub("", said.decode("utf-8", "replace"))
+    lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
     lines = [line[:_LAST_LINE_CHARS] for line in lines if line]
     telling = [line for line in lines[:-_LAST_LINES] if _TELLING.search(line)]
     return "\n".join(dict.fromkeys([*telling[-_LAST_LINES:], *lines[-_LAST_LINES:]]))
