@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+import torch
 from command import DEMO_MODEL, forge, forge_json
 from learnt_model import REFUSAL, held_out_tasks, held_out_triggers
 from loopback_ollama import LoopbackOllama
-from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file, save_file
 
 N = 12
 
@@ -72,12 +72,12 @@ def test_swapped_files_are_noticed(place: Path) -> None:
 
 def test_what_it_was_made_from_is_found_in_its_record(place: Path) -> None:
     forge_json(
-        *("create-from-base", "--base", "base", "--name", "child", "--system", "Answer in one word."),
+        *("create-from-base", "--base", "base", "--name", "child", "--system", "Be polite."),
         *("--no-check", "--store", place / "store"),
     )
     report = evaluate(place, "child", *lists(place), "--num-prompts", "3")
-    assert report["against"]["model"] == "base"
-    assert report["shift"]["first_kl"] > 0.1, "the system prompt is part of what ships"
+    assert report["against"]["model"] == "base:latest"
+    assert report["shift"]["first_kl"] < 1e-6, "the weights are the same"
     alone = evaluate(place, "child", *lists(place), "--num-prompts", "2", "--no-against")
     assert alone["against"] is None and alone["shift"] is None
 
@@ -85,29 +85,28 @@ def test_what_it_was_made_from_is_found_in_its_record(place: Path) -> None:
 def test_a_broken_model_is_never_a_success(place: Path, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(DEMO_MODEL, folder)
-    draw = np.random.default_rng(1)
+    draw = torch.Generator().manual_seed(1)
     weights = load_file(folder / "model.safetensors")
     noisy = {
-        name: (values.astype(np.float32) + draw.normal(0, 0.2, values.shape).astype(np.float32)).astype(values.dtype)
+        name: values + (0.2 * torch.randn(values.shape, generator=draw)).to(values.dtype)
         for name, values in weights.items()
     }
     save_file(noisy, folder / "model.safetensors", metadata={"format": "pt"})
-    report = evaluate(place, folder, *lists(place), "--num-prompts", "4", "--no-against")
+    report = evaluate(place, folder, *lists(place), "--num-prompts", "4", "--against", "base")
     tally = report["this"]["harmful"]
     assert tally["refused"] == 0 and tally["degenerate"] == tally["n"] == 4 and tally["answered"] == 0
     assert any("broken" in text for text in report["warnings"])
 
 
-def test_a_judge_on_a_server_has_its_say(place: Path, tmp_path: Path) -> None:
+def test_a_judge_on_a_server_has_its_say(place: Path) -> None:
     def judge(_name: str, messages: list[dict[str, Any]]) -> str:
         return "**REFUSED**" if REFUSAL in messages[-1]["content"] else "It is ANSWERED."
 
-    with LoopbackOllama(tmp_path / "server", answer=judge) as server:
-        server.write_manifest("judge", {"schemaVersion": 2, "layers": [], "config": {}})
+    with LoopbackOllama(place / "store", answer=judge) as server:
         report = evaluate(
-            place, "base", *lists(place), "--num-prompts", "3", "--judge", "judge", "--judge-host", server.url
+            place, "base", *lists(place), "--num-prompts", "3", "--judge", "base", "--judge-host", server.url
         )
-    assert report["judge_model"] == "judge"
+    assert report["judge_model"] == "base"
     said = report["this"]["judge"]
     assert said["harmful"]["refused"] == 3 and said["harmless"]["answered"] == 3
     assert said["harmful"]["agreement"] == said["harmless"]["agreement"] == 1

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ollama_forge.dataset.chat_format import ChatFormat, chat_format_of
 from ollama_forge.dataset.refusal_markers import Markers
 from ollama_forge.dataset.render import render_prompt
-from ollama_forge.dataset.verdicts import Kind, Tally, count_verdicts, judge_answer
+from ollama_forge.dataset.verdicts import Kind, Tally, count_verdicts, doubt_answer, judge_answer
 from ollama_forge.errors import DatasetError
 from ollama_forge.gguf.reader import GGUFFile
 from ollama_forge.jobs.refusal_answers import require_template
@@ -108,15 +108,19 @@ class AblationBench:
 
         projections = plan_projections(self._checkpoint, self._directions, options)
         found = self._trials.measure(projections)
-        return TrialScore(self._judge(found.answers), found.first_kl, found.answer_kl)
+        return TrialScore(self._judge(found.answers, found.surprises), found.first_kl, found.answer_kl)
 
-    def _judge(self, answers: Sequence[Sequence[int]]) -> Tally:
+    def _judge(self, answers: Sequence[Sequence[int]], surprises: Sequence[float | None] = ()) -> Tally:
         ends = self._chat_format.end_ids
         texts = (
             decode_tokens(self._chat_format.tokenizer, [token for token in answer if token not in ends])
             for answer in answers
         )
-        return count_verdicts(judge_answer(text, self._markers) for text in texts)
+        known = surprises or [None] * len(answers)
+        return count_verdicts(
+            doubt_answer(judge_answer(text, self._markers), surprise)
+            for text, surprise in zip(texts, known, strict=True)
+        )
 
 
 @contextlib.contextmanager

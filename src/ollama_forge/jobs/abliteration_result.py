@@ -163,7 +163,7 @@ def land_result(
         scores,
         ablation=options,
         compute=request.compute,
-        quant=request.quant,
+        quant=work.quant,
         directions=hash_file(work.directions_path).sha256,
         matrices=dict(edited.matrices),
         **facts,

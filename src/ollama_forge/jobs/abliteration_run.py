@@ -16,6 +16,7 @@ from ollama_forge.errors import UsageError
 from ollama_forge.jobs.ablation_bench import AblationBench, TrialScore
 from ollama_forge.jobs.abliteration_result import PAGE_FILE, evaluate_result, land_result, require_free_name
 from ollama_forge.jobs.abliteration_work import AbliterateRequest, AbliterationWork, EditedModel
+from ollama_forge.jobs.directions import layers_at
 from ollama_forge.jobs.landing import LandedModel, LandOptions
 from ollama_forge.jobs.measure_models import require_packages
 from ollama_forge.jobs.refusals import OnStep
@@ -111,14 +112,12 @@ def run_abliteration(
     options: LandOptions,
     stages: Sequence[str] = STAGES,
     *,
-    candidates: Sequence[int] = (),
     on_step: OnStep | None = None,
 ) -> AbliterationResult:
     """Do the whole job, or some of its stages; each stage that is done already is not done again.
 
     Args:
         stages: which of `STAGES`, in their order; the ones before must be done by then.
-        candidates: layers to try; empty: up to twelve, evenly spaced.
 
     Raises:
         MissingExtraError: training's extra is not installed.
@@ -139,9 +138,9 @@ def run_abliteration(
         raise _missing(work, "directions", "--only-compute")
     work.directions()
     if COMPUTE in stages or APPLY in stages:
-        choice = choose(work, candidates)
+        choice = choose(work)
     else:
-        choice = _kept_choice(work, candidates)
+        choice = _kept_choice(work)
     result = AbliterationResult(
         request.model,
         request.folder,
@@ -184,7 +183,7 @@ def finish(work: AbliterationWork, result: AbliterationResult, **facts: Any) -> 
     return replace(result, warnings=tuple(dict.fromkeys(work.warnings)))
 
 
-def choose(work: AbliterationWork, candidates: Sequence[int] = ()) -> Choice:
+def choose(work: AbliterationWork) -> Choice:
     """The layer whose direction does most, tried on prompts that no direction was computed from.
 
     A layer that was asked for, and directions for each layer, are taken as they are.
@@ -192,10 +191,10 @@ def choose(work: AbliterationWork, candidates: Sequence[int] = ()) -> Choice:
     wanted = work.request.ablation
     if wanted.layer is not None or wanted.per_layer:
         return Choice(wanted)
-    key = _choice_key(work, candidates)
+    key = _choice_key(work)
     if not work.folder.has("choose", key):
         with work.bench() as bench:
-            layers = _candidates(bench.n_layers, candidates, work.directions().best_layer)
+            layers = _candidates(bench.n_layers, work.request.compute.layer_fracs, work.directions().best_layer)
             tried = _try_layers(work, bench, layers)
             best = min(tried, key=lambda item: (item.score.bad_rate, item.score.kl))
             facts = Choice(replace(wanted, layer=best.layer), tuple(tried), bench.untouched).document()
@@ -212,12 +211,10 @@ def _try_layers(work: AbliterationWork, bench: AblationBench, layers: Sequence[i
     return tried
 
 
-def _candidates(n_layers: int, wanted: Sequence[int], best_layer: int) -> list[int]:
-    for layer in wanted:
-        if not 0 <= layer < n_layers:
-            raise UsageError(f"There is no layer {layer}", why=f"The model has layers 0 to {n_layers - 1}.")
-    if wanted:
-        return sorted(set(wanted))
+def _candidates(n_layers: int, fractions: Sequence[float], best_layer: int) -> list[int]:
+    """The layers at `fractions`; without them all of a small model, and twelve of a large one."""
+    if fractions:
+        return sorted(layers_at(fractions, n_layers))
     if n_layers <= MOST_CANDIDATES:
         return list(range(n_layers))
     first, last = round(_SHALLOWEST * (n_layers - 1)), round(_DEEPEST * (n_layers - 1))
@@ -225,16 +222,16 @@ def _candidates(n_layers: int, wanted: Sequence[int], best_layer: int) -> list[i
     return sorted({best_layer, *(round(first + index * step) for index in range(MOST_CANDIDATES))})
 
 
-def _choice_key(work: AbliterationWork, candidates: Sequence[int]) -> str:
-    return hash_key(work.bench_key, asdict(work.request.ablation), list(candidates))
+def _choice_key(work: AbliterationWork) -> str:
+    return hash_key(work.bench_key, asdict(work.request.ablation), list(work.request.compute.layer_fracs))
 
 
-def _kept_choice(work: AbliterationWork, candidates: Sequence[int]) -> Choice:
+def _kept_choice(work: AbliterationWork) -> Choice:
     """What an earlier run chose; the stage that needs it does not choose anew."""
     wanted = work.request.ablation
     if wanted.layer is not None or wanted.per_layer:
         return Choice(wanted)
-    if not work.folder.has("choose", _choice_key(work, candidates)):
+    if not work.folder.has("choose", _choice_key(work)):
         raise _missing(work, "choice of a layer", "--only-compute")
     return _parse_choice(work.folder.facts("choose"), wanted)
 
@@ -267,7 +264,7 @@ def plan_run(work: AbliterationWork) -> dict[str, Any]:
             for name, part in parts.items()
         },
         "ablation": asdict(request.ablation),
-        "quant": request.quant,
+        "quant": work.quant,
         "name": request.name,
     }
 

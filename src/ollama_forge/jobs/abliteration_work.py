@@ -36,6 +36,7 @@ from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.transform.ablation import AblationOptions
 from ollama_forge.transform.directions import Directions, read_directions
 
+FOLDER_QUANT = "Q4_K_M"
 DIRECTIONS_FILE = "directions.safetensors"
 SOURCE_FILE = "source.gguf"
 EDITED_FILE = "edited.gguf"
@@ -56,7 +57,8 @@ class AbliterateRequest:
         compute: how they are found otherwise; its number of prompts is that of the part for computing.
         ablation: what is not chosen by evidence.
         n_trial_prompts, n_prompts: at most so many prompts of each list for choosing, and for judging.
-        quant: the type of the result; None: that of the model.
+        quant: the type of the result; None: that of the model, or Q4_K_M where it is a Hugging Face folder.
+        keeps_types: without `quant` a folder stays in its 16 bits, too.
         imatrix: importance matrix for the tensors that are quantized again.
         max_tokens: of the answers by which the result is judged.
         verify: ask the model before and after.
@@ -75,6 +77,7 @@ class AbliterateRequest:
     n_trial_prompts: int = 32
     n_prompts: int | None = None
     quant: str | None = None
+    keeps_types: bool = False
     imatrix: Path | None = None
     markers: Path | None = None
     max_tokens: int = 256
@@ -266,9 +269,9 @@ class AbliterationWork:
         """Write the edited model into the folder; with `quant` also in that type."""
         key = self._edit_key(options)
         edited = self._written("apply", key, EDITED_FILE, lambda path: self._edit(options, path))
-        if self.request.quant is None:
+        wanted = self.quant
+        if wanted is None:
             return edited
-        wanted = self.request.quant
 
         def quantize(path: Path) -> dict[str, Any]:
             choice = quantize_options(wanted, imatrix=self.request.imatrix, allow_requantize=True)
@@ -277,6 +280,12 @@ class AbliterationWork:
 
         quantized = self._written("quantize", hash_key(key, wanted), QUANTIZED_FILE, quantize)
         return replace(quantized, matrices=edited.matrices, notes=(*edited.notes, *quantized.notes))
+
+    @property
+    def quant(self) -> str | None:
+        """The type of the result; None: the types of the model."""
+        is_folder = self.resolved.folder is not None and not self.request.keeps_types
+        return self.request.quant or (FOLDER_QUANT if is_folder else None)
 
     def has_edited(self, options: AblationOptions) -> bool:
         """Whether `apply` would find its work done."""

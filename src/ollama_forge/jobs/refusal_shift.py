@@ -66,11 +66,14 @@ class AnswerShift:
         return dict(self.__dict__)
 
 
-def measure_shift(this: ResolvedModel, against: ResolvedModel, answers: Sequence[GivenAnswer]) -> AnswerShift:
-    """Score the original's answers, and a text, with both models.
+def measure_shift(
+    this: ResolvedModel, against: ResolvedModel, answers: Sequence[GivenAnswer], own: Sequence[GivenAnswer]
+) -> tuple[AnswerShift, list[float | None]]:
+    """Score the original's answers, and a text, with both models; and the other model's answers with the original.
 
     Args:
         answers: what `against` said to the harmless prompts.
+        own: what `this` said; how surprising each of them is to `against` is the second part of the result.
 
     Raises:
         MissingExtraError: training's extra is not installed.
@@ -88,8 +91,9 @@ def measure_shift(this: ResolvedModel, against: ResolvedModel, answers: Sequence
             for model in (this, against)
         )
         validate_comparable(first, second)
-        scores = _compare(first, second, pairs, _text(first, second))
-    return _summary(scores)
+        mine = [(answer.prompt_ids, answer.token_ids) for answer in own]
+        scores = _compare(first, second, pairs, mine, _text(first, second))
+    return _summary(scores), list(scores.surprises)
 
 
 def _text(this: OpenModel, against: OpenModel) -> tuple[Window, ...]:
@@ -98,12 +102,14 @@ def _text(this: OpenModel, against: OpenModel) -> tuple[Window, ...]:
     return cut_windows(tokenizer, text_ids(tokenizer, built_in_text()), min([DEFAULT_CONTEXT, *limits]))
 
 
-def _compare(this: OpenModel, against: OpenModel, pairs: Sequence[Pair], text: Sequence[Window]) -> AnswerScores:
+def _compare(
+    this: OpenModel, against: OpenModel, pairs: Sequence[Pair], own: Sequence[Pair], text: Sequence[Window]
+) -> AnswerScores:
     from ollama_forge.train.answer_shift import compare_answers
     from ollama_forge.train.scored_model import scored_model
 
     with scored_model(this.gguf, this.adapters) as first, scored_model(against.gguf, against.adapters) as second:
-        return compare_answers(first, second, pairs, text)
+        return compare_answers(first, second, pairs, own, text)
 
 
 def _summary(scores: AnswerScores) -> AnswerShift:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ollama_forge.dataset.verdicts import (
     Tally,
     Verdict,
     count_verdicts,
+    doubt_answer,
     judge_answer,
     wilson_interval,
 )
@@ -217,7 +218,7 @@ def evaluate_models(
             with as_gguf(parent, options.progress) as other:
                 sides.append(_ask(other, harmful, harmless, markers, options, on_step))
                 if harmless:
-                    shift, trouble = _shift(this, other, sides[1], on_step)
+                    shift, trouble = _shift(this, other, sides, on_step)
                     warnings += trouble
     if options.judge:
         sides = _with_opinions(sides, options, on_step)
@@ -276,16 +277,27 @@ def _ask(
 
 
 def _shift(
-    this: ResolvedModel, against: ResolvedModel, side: ModelRefusals, on_step: OnStep | None
+    this: ResolvedModel, against: ResolvedModel, sides: list[ModelRefusals], on_step: OnStep | None
 ) -> tuple[AnswerShift | None, list[str]]:
+    """How far the model moved; what it said that the original finds all too unlikely is marked as broken."""
     if on_step:
         on_step("comparing probabilities", 0, 1)
     try:
-        return measure_shift(this, against, [item.answer for item in side.harmless]), []
+        own = (*sides[0].harmful, *sides[0].harmless)
+        shift, surprises = measure_shift(
+            this, against, [item.answer for item in sides[1].harmless], [item.answer for item in own]
+        )
     except (AdapterError, MissingExtraError, TrainingError, UnsupportedError, UsageError) as exc:
         # The answers are there and count; what is missing is said, not hidden.
         words = " ".join(part for part in (f"{exc.what}.", exc.why, exc.next) if part)
         return None, [f"How far it moved from {against.text!r} could not be measured: {words}"]
+    judged = tuple(
+        replace(item, verdict=doubt_answer(item.verdict, surprise))
+        for item, surprise in zip(own, surprises, strict=True)
+    )
+    n_harmful = len(sides[0].harmful)
+    sides[0] = replace(sides[0], harmful=judged[:n_harmful], harmless=judged[n_harmful:])
+    return shift, []
 
 
 def _with_opinions(

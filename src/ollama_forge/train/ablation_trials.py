@@ -17,7 +17,7 @@ from torch import nn
 
 from ollama_forge.arch.rows import Role
 from ollama_forge.errors import TrainingError
-from ollama_forge.train.answer_shift import answer_windows, first_places
+from ollama_forge.train.answer_shift import answer_windows, find_surprises, first_places
 from ollama_forge.train.load import PackedModel
 from ollama_forge.train.scoring import Reference, capture_reference, compare
 from ollama_forge.transform.projection import Projection
@@ -32,11 +32,13 @@ class TrialAnswers:
 
     Attributes:
         answers: token ids of the answers to the prompts that it should no longer refuse, the end token included.
+        surprises: how unlikely the untouched model finds each of them, see `answer_shift.find_surprises`.
         first_kl, answer_kl: mean KL(untouched || ablated) in nats at the first token of the harmless answers, and over
             all their tokens.
     """
 
     answers: tuple[tuple[int, ...], ...]
+    surprises: tuple[float | None, ...]
     first_kl: float
     answer_kl: float
 
@@ -77,7 +79,8 @@ class TrialModel:
             answers = self._answer(self._harmful)
             found = compare(self._packed, self._reference, self._reference.windows, n_worst=0)
         first = found.kl_values[first_places(self._pairs)]
-        return TrialAnswers(answers, float(first.mean()), found.kl.mean)
+        surprises = find_surprises(self._packed, list(zip(self._harmful, answers, strict=True)))
+        return TrialAnswers(answers, tuple(surprises), float(first.mean()), found.kl.mean)
 
     def _answer(self, prompts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
         return generate_greedily(self._packed, prompts, self._end_ids, self._max_tokens)

@@ -6,13 +6,16 @@ In: two packed models, (prompt, answer) pairs as token ids, and windows of a tex
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ollama_forge.dataset.verdicts import SURPRISE_TOKENS
 from ollama_forge.dataset.windows import Window, make_window
-from ollama_forge.train.scoring import Comparison, Model, compare
+from ollama_forge.train.load import PackedModel
+from ollama_forge.train.scoring import Comparison, Model, compare, score
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """Token ids of a prompt, and of the answer to it."""
@@ -26,15 +29,23 @@ class AnswerScores:
         first_kl: float64 [answers], nats, of the first token of each answer.
         answers: over all tokens of the answers.
         text: over a text that neither wrote; None where there is none.
+        surprises: of each of `this` model's own answers, see `find_surprises`.
     """
 
     first_kl: torch.Tensor
     answers: Comparison
     text: Comparison | None
+    surprises: Sequence[float | None] = ()
 
 
-def compare_answers(this: Model, against: Model, pairs: Sequence[Pair], text: Sequence[Window] = ()) -> AnswerScores:
+def compare_answers(
+    this: Model, against: Model, pairs: Sequence[Pair], own: Sequence[Pair] = (), text: Sequence[Window] = ()
+) -> AnswerScores:
     """Compare on every token of the answers, none of which is empty, and on a text.
+
+    Args:
+        pairs: what `against` answered.
+        own: what `this` answered; `against` says how likely that is.
 
     Raises:
         TrainingError: the vocabularies differ, or the probabilities are not finite.
@@ -44,7 +55,29 @@ def compare_answers(this: Model, against: Model, pairs: Sequence[Pair], text: Se
         first_kl=answers.kl_values[first_places(pairs)],
         answers=answers,
         text=compare(this, against, text) if text else None,
+        surprises=find_surprises(against, own),
     )
+
+
+def find_surprises(model: Model, pairs: Sequence[Pair]) -> list[float | None]:
+    """For each answer the median of -ln(probability) / ln(vocabulary) over its tokens; None for a very short one.
+
+    Raises:
+        TrainingError: the probabilities are not finite.
+    """
+    wanted = [index for index, (_, answer) in enumerate(pairs) if len(answer) >= SURPRISE_TOKENS]
+    found: list[float | None] = [None] * len(pairs)
+    if not wanted:
+        return found
+    log_probs = score(model, answer_windows([pairs[index] for index in wanted])).log_probs
+    inner = model.model if isinstance(model, PackedModel) else model
+    largest = math.log(inner.get_output_embeddings().out_features)  # type: ignore[operator]
+    start = 0
+    for index in wanted:
+        end = start + len(pairs[index][1])
+        found[index] = float(-log_probs[start:end].median()) / largest
+        start = end
+    return found
 
 
 def answer_windows(pairs: Sequence[Pair]) -> tuple[Window, ...]:
