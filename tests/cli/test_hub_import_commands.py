@@ -144,3 +144,32 @@ def test_a_sharded_repo_is_imported_like_a_whole_one(hub: LoopbackHub, store: Pa
     hub.repos["twin/demo"].commits[hub.repos["twin/demo"].refs["main"]].pop("model-00002-of-00003.safetensors")
     ended = forge("import", "twin/demo", "--name", "broken", "--store", store)
     assert ended.code == 1 and "2 of 3 files" in ended.err
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry of this test."""
+    monkeypatch.setenv("OLLAMA_FORGE_HOME", str(tmp_path / "forge"))
+
+
+@pytest.mark.parametrize("more", [(), ("--no-keep-source",)], ids=["kept", "streamed"])
+def test_an_imported_repo_is_made_again_from_the_same_commit(
+    hub: LoopbackHub, store: Path, home: None, more: tuple[str, ...]
+) -> None:
+    commit = hub.add("org/demo", DEMO_FILES)
+    forge_json("import", "org/demo", "--name", "m", "--quant", "Q8_0", "--no-check", "--store", store, *more)
+    hub.add("org/demo", {**DEMO_FILES, "generation_config.json": b'{"temperature": 0.25}'})
+    rebuilt = forge_json("registry", "rebuild", "m")
+    assert rebuilt["same"] is True
+    (base,) = forge_json("registry", "lineage", "m")["parents"]
+    assert (base["ref"], base["commit"]) == ("hf:org/demo", commit)
+
+
+def test_a_fetched_gguf_is_made_again_from_the_same_file(
+    hub: LoopbackHub, store: Path, home: None, ggufs: dict[str, bytes]
+) -> None:
+    commit = hub.add("org/Demo-GGUF", ggufs)
+    forge_json("fetch", "org/Demo-GGUF", "--quant", "Q2_K", "--name", "m", "--no-check", "--store", store)
+    (base,) = forge_json("registry", "lineage", "m")["parents"]
+    assert base["ref"].startswith("hf:org/Demo-GGUF:") and base["commit"] == commit
+    assert forge_json("registry", "rebuild", "m")["same"] is True

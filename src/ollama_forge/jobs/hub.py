@@ -20,6 +20,7 @@ from ollama_forge.files import require_free_space
 from ollama_forge.jobs.conversion import ConvertOptions, PlannedGGUF
 from ollama_forge.jobs.hub_local import GGUFPlan, fetch_adapter_files, plan_gguf
 from ollama_forge.jobs.landing import LandedModel, LandOptions, import_folder, land_gguf, land_planned
+from ollama_forge.jobs.lineage import Ingredient, modelfile_text, working
 from ollama_forge.jobs.merging import MergedModel, MergeInput, MergeOptions, merge_and_land, retrain
 from ollama_forge.jobs.resolve import resolve
 from ollama_forge.source.hub import Fetched, fetch_files, list_repo, missing_bytes
@@ -164,7 +165,11 @@ def import_repo(
         )
         return HubLanding(landed, listing, paths, missing, warnings=_offline_warnings(listing))
     if missing and not keep_source and not listing.is_offline:
-        with open_stream(listing, files) as stream:
+        source = Ingredient("base", f"hf:{listing.repo}", commit=listing.commit)
+        with (
+            open_stream(listing, files) as stream,
+            working("import", [source], conversion=conversion, modelfile=modelfile_text(changes)),
+        ):
             landed = land_planned(lambda: _open_streamed(stream, conversion), name, changes, options)
         return HubLanding(landed, listing, paths, stream.downloaded_bytes)
     fetched = fetch_files(listing, files)

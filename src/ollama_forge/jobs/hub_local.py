@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ollama_forge.errors import NotFoundError
 from ollama_forge.jobs.environment import total_memory_bytes
-from ollama_forge.source.gguf_names import GGUFChoice, Pick, pick_gguf
+from ollama_forge.source.gguf_names import GGUFChoice, Pick, list_choices, pick_gguf
 from ollama_forge.source.hub import Fetched, fetch_files, list_repo, missing_bytes
 from ollama_forge.source.hub_files import (
     HubFile,
@@ -109,6 +110,24 @@ def fetch_adapter_files(named: RepoName) -> tuple[Fetched, Path]:
     fetched = fetch_files(listing, files)
     is_gguf = len(files) == 1
     return fetched, fetched.path(files[0]) if is_gguf else fetched.folder
+
+
+def fetch_file(named: RepoName) -> Path:
+    """One file of a repo on this disk; a GGUF that is split comes whole.
+
+    Raises:
+        HubError, DiskError: as `source.hub`.
+        NotFoundError: the repo has no such file.
+    """
+    listing = list_repo(named.repo, named.revision)
+    sets = [choice.files for choice in list_choices(listing.files) if choice.files[0].path == named.file]
+    files = sets[0] if sets else tuple(file for file in listing.files if file.path == named.file)
+    if not files:
+        raise NotFoundError(
+            f"{named.repo!r} has no file {named.file!r} at {named.revision or 'its main revision'}",
+            next=f"ollama-forge fetch {named.repo} lists what it has, if you name a quantization that it lacks.",
+        )
+    return fetch_files(listing, files).path(files[0])
 
 
 def fetch_model_path(named: RepoName) -> Path:

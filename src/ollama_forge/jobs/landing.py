@@ -122,7 +122,7 @@ def land_gguf(
         return _land_planned(
             lambda: open_quantization(gguf_path, quantize),
             name, changes, options, adapters,
-            lambda: source_work(gguf_path, adapters, changes, quantize),
+            lambda: source_work(gguf_path, adapters, changes, quantize, projector=projector),
             projector,
         )  # fmt: skip
     with open_gguf(gguf_path) as gguf:
@@ -132,7 +132,7 @@ def land_gguf(
         return _land_planned(
             lambda: open_joined(gguf_path),
             name, changes, options, adapters,
-            lambda: source_work(gguf_path, adapters, changes),
+            lambda: source_work(gguf_path, adapters, changes, projector=projector),
             projector,
         )  # fmt: skip
     return _land(gguf_path, name, changes, options, adapters, size_bytes, projector)
@@ -250,7 +250,7 @@ def _land(
             is_dry_run=True,
         )
     landed = _run_landing(store, model, name, changes, options, adapters, size_bytes, projector)
-    return _result(landed, started, source_work(source, adapters, changes))
+    return _result(landed, started, source_work(source, adapters, changes, projector=projector))
 
 
 def _run_landing(

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ollama_forge.registry.inventory import Inventory
     from ollama_forge.store.server import OllamaServer
 
-_SNAPSHOT = re.compile(r"models--(?P<repo>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})")
+_SNAPSHOT = re.compile(r"models--(?P<repo>[^/\\]+)[/\\]snapshots[/\\](?P<commit>[0-9a-f]{40})(?:[/\\](?P<file>.+))?")
 _VERSIONED = ("ollama-forge", "xllamacpp", "torch", "transformers", "peft")
 _HASHED_BYTES = 1 << 30
 _SHOWN = 500
@@ -126,7 +126,8 @@ def ingredient_of(model: ResolvedModel | InstalledModel | Path, role: str = "bas
         return Ingredient(role, model.name.display, f"sha256:{model.digest}")
     match = _SNAPSHOT.search(str(model.absolute()))
     if match:
-        return Ingredient(role, "hf:" + match["repo"].replace("--", "/"), commit=match["commit"])
+        file = ":" + match["file"].replace("\\", "/") if match["file"] else ""
+        return Ingredient(role, "hf:" + match["repo"].replace("--", "/") + file, commit=match["commit"])
     with contextlib.suppress(DigestError):
         return Ingredient(role, str(model.absolute()), str(parse_digest(model.name)))
     return Ingredient(role, str(model.absolute()))
@@ -185,6 +186,7 @@ def source_work(
     changes: Modelfile,
     quantization: object = None,
     digest: str = "",
+    projector: Path | None = None,
 ) -> Work:
     """What a plain landing is made of: weights, adapters, a Modelfile's wishes, perhaps a quantization.
 
@@ -201,6 +203,8 @@ def source_work(
     if digest:
         sources = [dataclasses.replace(one, digest=digest) for one in sources]
     sources += [file_ingredient(path, "adapter") for path in adapters]
+    if projector is not None:
+        sources.append(file_ingredient(projector, "projector"))
     matrix: Imatrix | None = getattr(getattr(quantization, "quantize", quantization), "imatrix", None)
     if matrix is not None and matrix.path is not None:
         sources.append(file_ingredient(matrix.path, "imatrix"))

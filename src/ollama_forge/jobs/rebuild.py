@@ -18,7 +18,7 @@ from ollama_forge.errors import NotFoundError, StoreError, UnsupportedError
 from ollama_forge.files import Progress, disk_error, no_progress
 from ollama_forge.jobs.landing import LandedModel, LandOptions
 from ollama_forge.jobs.lineage import content_digest, unrecorded
-from ollama_forge.jobs.rebuild_steps import MADE_ON_THE_WAY, STEPS, repeat_step
+from ollama_forge.jobs.rebuild_steps import MADE_ON_THE_WAY, STEPS, find_source, repeat_step
 from ollama_forge.registry.document import Document, Landing, Parent
 from ollama_forge.registry.lifecycle import find_entries, store_folder
 from ollama_forge.store.catalog import Store
@@ -142,7 +142,7 @@ class _Rebuild:
             source = scratch.find(self.make(base.digest, scratch, options).name)
         else:
             installed = self._installed(base)
-            source = Path(base.ref) if installed is None else _share_into(scratch, installed)
+            source = find_source(base) if installed is None else _share_into(scratch, installed)
         return repeat_step(landing, source, options)
 
     def _landing(self, digest: str, name: str) -> Landing:
@@ -180,6 +180,8 @@ class _Rebuild:
     def _require(self, parent: Parent) -> None:
         if parent.role == "base" and self._installed(parent) is not None:
             return
+        if parent.commit:
+            return  # of the Hub, which is asked for that very commit
         path = Path(parent.ref)
         if not path.exists():
             raise NotFoundError(

@@ -19,10 +19,12 @@ from ollama_forge.gguf.quantize import QuantizeOptions
 from ollama_forge.gguf.types import FileType, GGMLType
 from ollama_forge.jobs.finetune import RECORDED_SETTINGS, TWIN, finetune
 from ollama_forge.jobs.finetune_setup import FinetuneRequest
+from ollama_forge.jobs.hub_local import fetch_adapter_files, fetch_file, fetch_model_path
 from ollama_forge.jobs.landing import LandedModel, LandOptions, import_folder, land_gguf, land_installed
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, merge_and_land
 from ollama_forge.jobs.resolve import resolve
-from ollama_forge.registry.document import Landing
+from ollama_forge.registry.document import Landing, Parent
+from ollama_forge.source.hub_files import RepoName
 from ollama_forge.store.installed import InstalledModel
 from ollama_forge.store.modelfile import Modelfile, parse_modelfile
 from ollama_forge.train.options import LoopOptions, LoraOptions
@@ -55,7 +57,8 @@ def repeat_step(landing: Landing, source: InstalledModel | Path, options: LandOp
         return import_folder(source, landing.name, changes, options, conversion, adapters=adapters)
     wanted = landing.parameters.get("quantization")
     quantize = None if wanted is None else _quantize_options(wanted, matrix)
-    return land_gguf(source, landing.name, changes, options, adapters=adapters, quantize=quantize)
+    projector = next(iter(_paths(landing, "projector")), None)
+    return land_gguf(source, landing.name, changes, options, adapters=adapters, quantize=quantize, projector=projector)
 
 
 def _finetune(landing: Landing, source: InstalledModel | Path, changes: Modelfile, options: LandOptions) -> LandedModel:
@@ -96,8 +99,23 @@ def _ref(source: InstalledModel | Path) -> str:
     return source.name.display if isinstance(source, InstalledModel) else str(source)
 
 
+def find_source(parent: Parent) -> Path:
+    """Where a recorded file or folder lies; one of the Hub comes into its cache first, of the recorded commit.
+
+    Raises:
+        HubError, DiskError: as `source.hub`.
+    """
+    if not parent.commit:
+        return Path(parent.ref)
+    repo, _, file = parent.ref.removeprefix("hf:").partition(":")
+    named = RepoName(repo, parent.commit, file=file)
+    if file:
+        return fetch_file(named)
+    return fetch_adapter_files(named)[1] if parent.role == "adapter" else fetch_model_path(named)
+
+
 def _paths(landing: Landing, role: str) -> tuple[Path, ...]:
-    return tuple(Path(parent.ref) for parent in landing.parents if parent.role == role)
+    return tuple(find_source(parent) for parent in landing.parents if parent.role == role)
 
 
 def _modelfile(text: object) -> Modelfile:
