@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ollama_forge.errors import UnsupportedError
 from ollama_forge.gguf.native import dequantize
 from ollama_forge.gguf.types import GGMLType, row_bytes
-from ollama_forge.transform.columns import count_matrices, iter_slabs
+from ollama_forge.transform.columns import count_matrices, iter_columns
 from ollama_forge.transform.directions import Floats
 from ollama_forge.transform.edits import OutputEdit, TensorEdit
 from ollama_forge.transform.projection import Part, Projection
@@ -175,9 +175,9 @@ def _row_scales(stored: StoredMatrix, basis: Floats, strength: np.float32) -> Fl
     before, after = np.zeros((n_matrices, n_rows)), np.zeros((n_matrices, n_rows))
     view = stored.read()
     for matrix in range(n_matrices):
-        for slab in iter_slabs(view, stored.type, stored.shape, matrix):
-            before[matrix] += squares(slab.values)
-            after[matrix] += squares(change(matrix, slab.first, slab.values))
+        for first, columns in iter_columns(view, stored.type, stored.shape, matrix):
+            before[matrix] += squares(columns)
+            after[matrix] += squares(change(matrix, first, columns))
     return _ratio(before, after)
 
 

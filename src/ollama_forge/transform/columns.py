@@ -8,7 +8,8 @@ where that moves the output most, until column by column the stored matrix gives
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ollama_forge.errors import GGUFError
-from ollama_forge.gguf.native import dequantize, quantize
+from ollama_forge.gguf.native import dequantize, quantize, usable_cores
 from ollama_forge.gguf.types import GGMLType, block_bytes, block_elements, is_quantized, row_bytes
 from ollama_forge.transform.edits import Floats, LossMeter, OutputEdit, require_finite
 from ollama_forge.transform.steering import (
@@ -31,7 +32,8 @@ from ollama_forge.transform.steering import (
 
 Bytes = NDArray[np.uint8]
 
-SLAB_ELEMENTS = 1 << 20
+SLAB_ELEMENTS = 1 << 18
+"""Numbers that are worked on together by one thread: they stay in the processor's cache."""
 _LARGEST_F16 = 65504.0
 
 
@@ -47,7 +49,7 @@ def edit_outputs(
 ) -> Iterator[Bytes]:
     """The new bytes of each matrix of a stack; a plain matrix is a stack of one.
 
-    Besides one encoded matrix a few arrays of `SLAB_ELEMENTS` numbers exist at a time.
+    Besides one encoded matrix each thread has a few arrays of `SLAB_ELEMENTS` numbers.
 
     Args:
         view: the stored bytes.
@@ -58,31 +60,24 @@ def edit_outputs(
         GGUFError: a result that its type cannot hold.
     """
     n_rows, n_columns = shape[-2], shape[-1]
-    basis = edit.outputs() if edit.outputs is not None else None
+    rounding = _Rounding(type, _Lever.of(edit.outputs(), type) if edit.outputs is not None else None)
     change = edit.open()
     for matrix in range(count_matrices(shape)):
+        raw = _matrix_bytes(view, type, shape, matrix)
         out = np.empty((n_rows, row_bytes(type, n_columns)), np.uint8)
-        for slab in iter_slabs(view, type, shape, matrix, n_threads):
-            n = slab.values.shape[1]
-            wanted = np.ascontiguousarray(change(matrix, slab.first, slab.values), dtype=np.float32)
+        start = 0 if importance is None else matrix % (importance.size // n_columns) * n_columns
+
+        def work(columns: range, matrix: int = matrix, raw: Bytes = raw, out: Bytes = out, start: int = start) -> None:
+            before = _decode(raw, type, columns)
+            wanted = np.ascontiguousarray(change(matrix, columns.start, before), dtype=np.float32)
             _require_storable(wanted, type, edit.name)
-            weights = None
-            if importance is not None:
-                start = matrix % (importance.size // n_columns) * n_columns + slab.first
-                weights = importance[start : start + n]
-            encoded, stored = _Rounding(type, basis, weights, n_threads).store(wanted, slab.values)
-            out[:, slab.place] = encoded
-            meter.add(slab.values, wanted, stored)
+            weights = None if importance is None else importance[start + columns.start : start + columns.stop]
+            encoded, stored = rounding.store(wanted, before, weights)
+            out[:, _place(type, columns)] = encoded
+            meter.add(before, wanted, stored)
+
+        _run_slabs(work, slabs_of(shape, type), n_threads)
         yield out.reshape(-1)
-
-
-@dataclass(frozen=True, eq=False)
-class Slab:
-    """Some columns of a matrix: the first one's number, where their bytes lie in each row, and their numbers."""
-
-    first: int
-    place: slice
-    values: Floats
 
 
 def count_matrices(shape: Sequence[int]) -> int:
@@ -90,22 +85,47 @@ def count_matrices(shape: Sequence[int]) -> int:
     return int(np.prod(shape[:-2], dtype=np.int64)) if len(shape) > 2 else 1
 
 
-def iter_slabs(
-    view: memoryview, type: GGMLType, shape: Sequence[int], matrix: int, n_threads: int | None = None
-) -> Iterator[Slab]:
-    """One matrix of a stack, decoded some columns at a time; no slab cuts a block."""
+def slabs_of(shape: Sequence[int], type: GGMLType) -> list[range]:
+    """The columns of a matrix, some at a time; no slab cuts a block."""
     n_rows, n_columns = shape[-2], shape[-1]
-    stride = row_bytes(type, n_columns)
-    step, step_bytes = block_elements(type), block_bytes(type)
+    step = block_elements(type)
     width = max(step, SLAB_ELEMENTS // max(1, n_rows) // step * step)
-    raw = np.frombuffer(view[matrix * n_rows * stride : (matrix + 1) * n_rows * stride], np.uint8)
-    raw = raw.reshape(n_rows, stride)
-    for first in range(0, n_columns, width):
-        n = min(width, n_columns - first)
-        place = slice(first // step * step_bytes, (first + n) // step * step_bytes)
-        yield Slab(
-            first, place, dequantize(np.ascontiguousarray(raw[:, place]), type, (n_rows, n), n_threads=n_threads)
-        )
+    return [range(first, min(first + width, n_columns)) for first in range(0, n_columns, width)]
+
+
+def iter_columns(view: memoryview, type: GGMLType, shape: Sequence[int], matrix: int) -> Iterator[tuple[int, Floats]]:
+    """(first column, columns) of one matrix of a stack, with all rows, a slab at a time."""
+    raw = _matrix_bytes(view, type, shape, matrix)
+    for columns in slabs_of(shape, type):
+        yield columns.start, _decode(raw, type, columns)
+
+
+def _matrix_bytes(view: memoryview, type: GGMLType, shape: Sequence[int], matrix: int) -> Bytes:
+    n_rows = shape[-2]
+    stride = row_bytes(type, shape[-1])
+    return np.frombuffer(view[matrix * n_rows * stride : (matrix + 1) * n_rows * stride], np.uint8).reshape(
+        n_rows, stride
+    )
+
+
+def _place(type: GGMLType, columns: range) -> slice:
+    step, step_bytes = block_elements(type), block_bytes(type)
+    return slice(columns.start // step * step_bytes, columns.stop // step * step_bytes)
+
+
+def _decode(raw: Bytes, type: GGMLType, columns: range) -> Floats:
+    return dequantize(np.ascontiguousarray(raw[:, _place(type, columns)]), type, (len(raw), len(columns)), n_threads=1)
+
+
+def _run_slabs(work: Callable[[range], None], slabs: Sequence[range], n_threads: int | None) -> None:
+    n_threads = min(len(slabs), usable_cores() if n_threads is None else n_threads)
+    if n_threads <= 1:
+        for columns in slabs:
+            work(columns)
+        return
+    with ThreadPoolExecutor(n_threads) as pool:
+        for _ in pool.map(work, slabs):
+            pass
 
 
 def _require_storable(wanted: Floats, type: GGMLType, name: str) -> None:
@@ -119,90 +139,104 @@ def _require_storable(wanted: Floats, type: GGMLType, name: str) -> None:
 
 
 @dataclass(frozen=True, eq=False)
+class _Lever:
+    """Directions of the output, and the rows that move it most: moving only those leaves the others, and most of the
+    work, as they are.
+
+    Attributes:
+        basis: orthonormal [k, rows].
+        rows: numbers of the strongest rows, in order.
+        part: the columns of `basis` at those rows.
+        inverse: of part times its transpose.
+    """
+
+    basis: Floats
+    rows: NDArray[np.intp]
+    part: Floats
+    inverse: Floats
+
+    @staticmethod
+    def of(basis: Floats, type: GGMLType) -> _Lever:
+        """All rows of a small matrix, a quarter of a packed one; 64 of 16-bit ones, which move as little as needed."""
+        n_rows = basis.shape[1]
+        n_chosen = max(n_rows // 4, min(n_rows, 256)) if is_quantized(type) else min(n_rows, max(64, 16 * len(basis)))
+        leverage = np.einsum("ij,ij->j", basis, basis)
+        rows = np.sort(np.argsort(-leverage, kind="stable")[:n_chosen])
+        part = np.ascontiguousarray(basis[:, rows])
+        return _Lever(basis, rows, part, np.linalg.pinv(part @ part.T))
+
+
+@dataclass(frozen=True, eq=False)
 class _Rounding:
-    """How some columns of a matrix are put into their type. `basis` [k, rows] is orthonormal."""
+    """How columns of a matrix are put into their type, steered along the directions of `lever` where there are any."""
 
     type: GGMLType
-    basis: Floats | None
-    weights: Floats | None
-    n_threads: int | None
+    lever: _Lever | None
 
-    def store(self, wanted: Floats, before: Floats) -> tuple[Bytes, Floats]:
+    def store(self, wanted: Floats, before: Floats, weights: Floats | None) -> tuple[Bytes, Floats]:
         """(encoded, what it decodes to), both with the rows of `wanted`."""
-        encoded, stored = self._encode(wanted, self.weights)
-        if self.basis is not None and self.type is not GGMLType.F32:
-            self._steer(self.basis, wanted, before, encoded, stored)
+        encoded, stored = self._encode(wanted, weights)
+        lever = self.lever
+        if lever is None or self.type is GGMLType.F32:
+            return encoded, stored
+        push = self._find_push(lever, wanted, before, stored, weights)
+        if push is not None:
+            pushed = wanted[lever.rows] + lever.part.T @ push
+            encoded[lever.rows], stored[lever.rows] = self._encode(pushed, weights)
         return encoded, stored
 
     def _encode(self, rows: Floats, weights: Floats | None) -> tuple[Bytes, Floats]:
-        encoded = quantize(rows, self.type, weights, n_threads=self.n_threads)
-        return encoded, dequantize(encoded, self.type, rows.shape, n_threads=self.n_threads)
+        contiguous = np.ascontiguousarray(rows, dtype=np.float32)
+        encoded = quantize(contiguous, self.type, weights, n_threads=1)
+        return encoded, dequantize(encoded, self.type, contiguous.shape, n_threads=1)
 
-    def _steer(self, basis: Floats, wanted: Floats, before: Floats, encoded: Bytes, stored: Floats) -> None:
-        """Change `encoded` and `stored` where that brings the output nearer to what was wanted."""
+    def _find_push(
+        self, lever: _Lever, wanted: Floats, before: Floats, stored: Floats, weights: Floats | None
+    ) -> Floats | None:
+        """What to add along the directions [k, columns] before rounding, so that they come out right after it."""
         packed = is_quantized(self.type)
         group = block_elements(self.type)
-        difference = wanted - stored
-        error = basis @ difference
-        goal = (PACKED_GOAL if packed else FLOAT_GOAL) ** 2 * _by_group(basis @ (wanted - before), group)
+        aim = lever.basis @ wanted
+        error = aim - lever.basis @ stored
+        goal = (PACKED_GOAL if packed else FLOAT_GOAL) ** 2 * _by_group(aim - lever.basis @ before, group)
         smallest = _by_group(error, group)
-        chosen = _strongest_rows(basis, packed)
-        lever, target = basis[:, chosen], wanted[chosen]
+        if not (smallest > goal).any():
+            return None
+        target = wanted[lever.rows]
+        difference = target - stored[lever.rows]
         # What the other rows add to the error, and what all rows may cost together.
-        others = error - lever @ difference[chosen]
+        others = error - lever.part @ difference
         spent = most = np.zeros_like(smallest)
         if packed:
-            plain = _by_group(difference, group)
-            spent = plain - _by_group(difference[chosen], group)
+            plain = _by_group(wanted - stored, group)
+            spent = plain - _by_group(difference, group)
             most = most_error(_by_group(wanted, group), plain, self.type)
-        inverse = np.linalg.pinv(lever @ lever.T)
-        correction = np.zeros_like(error)
-        jump = half_step(_by_group(target, 1), len(chosen), self.type)[:, None] / np.abs(lever).max(axis=1)
-        push = Push((inverse @ error).T, jump)
+        best = np.zeros_like(error)
+        tried = np.zeros_like(error)
+        jump = half_step(_by_group(target, 1), len(target), self.type)[:, None] / np.abs(lever.part).max(axis=1)
+        push = Push((lever.inverse @ error).T, jump)
         for _ in range(PACKED_ROUNDS if packed else FLOAT_ROUNDS):
             groups = np.flatnonzero(smallest > goal)
             if not groups.size:
                 break
             columns = (groups[:, None] * group + np.arange(group)).reshape(-1)
             missing = error[:, columns]
-            correction[:, columns] += push.next(columns, missing.T).T if packed else inverse @ missing
-            pushed = np.ascontiguousarray(target[:, columns] + lever.T @ correction[:, columns], dtype=np.float32)
-            weights = None if self.weights is None else np.ascontiguousarray(self.weights[columns])
-            tried, decoded = self._encode(pushed, weights)
-            missed = target[:, columns] - decoded
-            error[:, columns] = others[:, columns] + lever @ missed
+            tried[:, columns] += push.next(columns, missing.T).T if packed else lever.inverse @ missing
+            at = target[:, columns]
+            _, decoded = self._encode(
+                at + lever.part.T @ tried[:, columns],
+                None if weights is None else np.ascontiguousarray(weights[columns]),
+            )
+            missed = at - decoded
+            error[:, columns] = others[:, columns] + lever.part @ missed
             size = _by_group(error[:, columns], group)
             better = size < smallest[groups]
             if packed:
                 better &= spent[groups] + _by_group(missed, group) <= most[groups]
             smallest[groups[better]] = size[better]
-            self._keep(chosen, columns, np.repeat(better, group), tried, decoded, encoded, stored)
-
-    def _keep(
-        self,
-        rows: NDArray[np.intp],
-        columns: NDArray[np.intp],
-        better: NDArray[np.bool_],
-        tried: Bytes,
-        decoded: Floats,
-        encoded: Bytes,
-        stored: Floats,
-    ) -> None:
-        """Take over the columns in `better` of what was tried."""
-        stored[rows[:, None], columns[better]] = decoded[:, better]
-        step, step_bytes = block_elements(self.type), block_bytes(self.type)
-        blocks = encoded.reshape(len(encoded), -1, step_bytes)
-        new = tried.reshape(len(tried), -1, step_bytes)
-        kept = better[::step]
-        blocks[rows[:, None], columns[::step][kept] // step] = new[:, kept]
-
-
-def _strongest_rows(basis: Floats, packed: bool) -> NDArray[np.intp]:
-    """The rows that move the output most; moving only those keeps the others, and most of the work, as they are."""
-    n_rows = basis.shape[1]
-    n_chosen = max(n_rows // 4, min(n_rows, 256)) if packed else min(n_rows, max(64, 16 * len(basis)))
-    leverage = np.einsum("ij,ij->j", basis, basis)
-    return np.sort(np.argsort(-leverage, kind="stable")[:n_chosen])
+            kept = columns[np.repeat(better, group)]
+            best[:, kept] = tried[:, kept]
+        return best
 
 
 def _by_group(values: Any, group: int) -> NDArray[np.float64]:

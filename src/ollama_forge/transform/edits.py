@@ -7,6 +7,7 @@ In: rows as float32. Out: rows as float32, and after they were stored a `TensorL
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -90,22 +91,28 @@ class TensorLoss:
 
 
 class LossMeter:
-    """Adds up, piece by piece, what one tensor loses."""
+    """Adds up, piece by piece, what one tensor loses; several threads may add at once."""
 
     def __init__(self, name: str, type_name: str) -> None:
         self._name = name
         self._type_name = type_name
         self._before = self._wanted = self._change = self._error = self._kept = 0.0
+        self._adding = threading.Lock()
 
     def add(self, before: Floats, wanted: Floats, stored: Floats) -> None:
         """Take rows into account."""
         change = wanted - before
-        self._before += _dot(before, before)
-        self._wanted += _dot(wanted, wanted)
-        self._change += _dot(change, change)
-        self._kept += _dot(stored - before, change)
         error = stored - wanted
-        self._error += _dot(error, error)
+        changed = _dot(change, change)
+        # stored - before is change + error
+        kept = changed + _dot(error, change)
+        sums = _dot(before, before), _dot(wanted, wanted), _dot(error, error)
+        with self._adding:
+            self._change += changed
+            self._kept += kept
+            self._before += sums[0]
+            self._wanted += sums[1]
+            self._error += sums[2]
 
     def result(self) -> TensorLoss:
         """The measure of all rows so far."""

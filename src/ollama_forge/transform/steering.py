@@ -2,8 +2,8 @@
 
 In: rows as they should be, and orthonormal directions of their input. Out: the rows in their type, each weight one of
 its neighbours there or so, chosen such that the rows' sums along the directions come out right. `columns` does the same
-for directions of the output; both search the smallest push along the directions that gets there, a sign at a time
-(Riedmiller and Braun's Rprop), because a weight moves not at all until it moves a whole step.
+for directions of the output. Both search the smallest push along the directions that gets there: a weight moves not at
+all until it moves a whole step.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ollama_forge.gguf.types import GGMLType, bits_per_weight, is_quantized
 from ollama_forge.transform.edits import Floats
 
 # Rounds at most, and the error along the directions at which it is done, as a share of the change there.
-PACKED_ROUNDS, PACKED_GOAL = 16, 0.02
+PACKED_ROUNDS, PACKED_GOAL = 8, 0.02
 FLOAT_ROUNDS, FLOAT_GOAL = 6, 2e-4
-ROW_ROUNDS = 10
+ROW_ROUNDS = 8
 # How much error the steering may add: so many times that of plain rounding, and so much of one rounding of its own.
 _LIMIT, _ROOM = 2.0, 0.5
-_GROW, _SHRINK = 1.6, 0.5
+_LEAST, _MOST = 0.2, 2.0
 
 
 def store_rows(
@@ -69,24 +69,26 @@ def store_rows(
 
 
 class Push:
-    """How far to push along each direction next: further while the error keeps its sign, less once it has turned.
+    """How far to push along each direction next: the secant's step, at most twice and at least a fifth of the last one.
+
+    Blocks share scales, so what a push does depends on the others around it: a bracket would close on nothing.
 
     Args:
-        error: [n, k]; what is missing along each direction at first.
+        error: [n, k]; what is missing along each direction without any push.
         jump: [n, k]; a push that moves the first weight.
     """
 
     def __init__(self, error: NDArray[Any], jump: NDArray[Any]) -> None:
         self._stride = (np.abs(error) + jump).astype(np.float32)
-        self._sign = np.zeros_like(self._stride)
+        self._last = np.full(error.shape, np.nan, np.float32)
 
     def next(self, rows: NDArray[np.intp], error: NDArray[Any]) -> Floats:
-        """The push [rows, k] to add, for those that are not done."""
-        sign = np.sign(error)
-        turn = sign * self._sign[rows]
-        self._stride[rows] *= np.where(turn > 0, _GROW, np.where(turn < 0, _SHRINK, 1)).astype(np.float32)
-        self._sign[rows] = sign
-        result: Floats = sign * self._stride[rows]
+        """The push [rows, k] to add, now that the last one (none at first) left this error."""
+        gain = np.abs(self._last[rows] - error)
+        ratio = np.clip(np.abs(error) / np.where(gain > 0, gain, 1e-30), _LEAST, _MOST)
+        self._stride[rows] *= np.where(np.isnan(gain), 1, ratio)
+        self._last[rows] = error
+        result: Floats = np.sign(error) * self._stride[rows]
         return result
 
 
