@@ -45,6 +45,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "plan": ("plan", "What a command would do, with disk, memory and time; kept in a file, and run from it."),
         "merge": ("merge", "Merge adapters into a model, back into the same quantization."),
         "quantize": ("quantize", "Make a GGUF or an Ollama model smaller, equal to llama-quantize's result."),
+        "imatrix": ("imatrix", "Which weights matter on a text of yours, so that few bits cost less."),
     },
     "train": {
         "finetune": ("finetune", "Fine-tune the model that Ollama runs: data in, a trained and checked model out."),
