@@ -12,7 +12,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ollama_forge.cli import COMMANDS
+import click
+
+from ollama_forge.cli import COMMANDS, root
 from ollama_forge.errors import UsageError
 
 Answers = Mapping[str, Any]
@@ -136,7 +138,13 @@ RUN = Question("run", "Run it?", Kind.YES, "yes")
 def offered_jobs() -> tuple[WizardJob, ...]:
     """Those whose command there is."""
     commands = {name for group in COMMANDS.values() for name in group}
-    return tuple(job for job in JOBS if job.words[0] in commands)
+    return tuple(job for job in JOBS if job.words[0] in commands and _has_subcommand(job.words))
+
+
+def _has_subcommand(words: tuple[str, ...]) -> bool:
+    context = click.Context(root)
+    command = root.get_command(context, words[0])
+    return not isinstance(command, click.Group) or words[1] in command.list_commands(context)
 
 
 def parse_answer(question: Question, text: object) -> str:
