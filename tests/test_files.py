@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ollama_forge.files import atomic_output
+from ollama_forge.files import atomic_output, hash_file
 
 
 @pytest.mark.parametrize("sizes", [(1,), (1 << 20,), (10, 3 << 20, 0, 5, (1 << 20) - 1, 2 << 20)])
@@ -26,3 +26,13 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
         sink.write(bytes(2 << 20))
         raise RuntimeError("enough")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_goes_to_the_disk_in_several_pieces_is_whole(tmp_path: Path) -> None:
+    piece = bytes(range(256)) * (1 << 16)
+    with atomic_output(tmp_path / "large", expected_bytes=10 * len(piece)) as sink:
+        for _ in range(10):
+            sink.write(piece)
+        sink.write(b"end")
+    assert (tmp_path / "large").stat().st_size == 10 * len(piece) + 3
+    assert hash_file(tmp_path / "large").sha256 == sink.sha256 == hashlib.sha256(piece * 10 + b"end").hexdigest()

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, BinaryIO
 from ollama_forge.errors import DiskError, ExistsError, NotFoundError
 
 if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 COPY_CHUNK_BYTES = 1 << 22
 _OVERLAP_BYTES = 1 << 20
+_SYNC_BYTES = 64 << 20
 _TEMP_NAME = re.compile(r"\.forge-(\d+)-[0-9a-f]{8}\.tmp$")
 _FICLONE = 0x40049409  # linux/fs.h
 
@@ -58,6 +59,9 @@ class HashingWriter:
         self._stream = stream
         self._hash = hashlib.sha256()
         self._hasher: ThreadPoolExecutor | None = None
+        self._syncer: ThreadPoolExecutor | None = None
+        self._syncing: Future[None] | None = None
+        self._unsynced_bytes = 0
         self.path = path
         self.size_bytes = 0
 
@@ -75,19 +79,49 @@ class HashingWriter:
             finally:
                 hashed.result()
         self.size_bytes += len(view)
+        self._unsynced_bytes += len(view)
+        if self._unsynced_bytes >= _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
+            self._start_syncing()
         return len(view)
+
+    def sync(self) -> None:
+        """Return when everything written lies on the disk.
+
+        Raises:
+            OSError: the operating system refused, now or earlier.
+        """
+        self._stream.flush()
+        if self._syncing is not None:
+            self._syncing.result()
+        os.fsync(self._stream.fileno())
+
+    def _start_syncing(self) -> None:
+        """Let the disk begin while the processor still computes: at the end only the rest is waited for."""
+        self._stream.flush()
+        self._unsynced_bytes = 0
+        if self._syncer is None:
+            self._syncer = _one_thread("sync")
+        self._syncing = self._syncer.submit(_sync_data, self._stream.fileno())
 
     def _hashing_thread(self) -> ThreadPoolExecutor:
         if self._hasher is None:
-            from concurrent.futures import ThreadPoolExecutor  # only large files need it, and importing it takes time
-
-            self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hash")
+            self._hasher = _one_thread("hash")
         return self._hasher
 
     @property
     def sha256(self) -> str:
         """64 lowercase hexadecimal digits of everything written so far."""
         return self._hash.hexdigest()
+
+
+def _one_thread(name: str) -> ThreadPoolExecutor:
+    from concurrent.futures import ThreadPoolExecutor  # only large files need it, and importing it takes time
+
+    return ThreadPoolExecutor(1, thread_name_prefix=name)
+
+
+# macOS and Windows have no fdatasync.
+_sync_data: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
 
 
 def temp_path_beside(target: Path) -> Path:
@@ -224,9 +258,9 @@ def atomic_output(
     try:
         try:
             with temp.open("xb", buffering=1 << 20) as stream:
-                yield HashingWriter(stream, target)
-                stream.flush()
-                os.fsync(stream.fileno())
+                sink = HashingWriter(stream, target)
+                yield sink
+                sink.sync()
             temp.chmod(mode)
             refuse_existing(target, overwrite=overwrite)
             temp.replace(target)

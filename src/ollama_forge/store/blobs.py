@@ -128,9 +128,8 @@ class StagedBlob:
         """
         if self.stored is None:
             try:
-                self._stream.flush()
                 if sys.platform != "win32" or not self._known:
-                    os.fsync(self._stream.fileno())
+                    self._writer.sync()
                 self._stream.close()
             except OSError as exc:
                 raise store_error(exc, self.path, "write") from exc
@@ -379,6 +378,7 @@ class BlobStore:
                     sink.write(chunk)
                     if advance:
                         advance(len(chunk))
+                sink.sync()
             return WRITTEN, Digest(sink.sha256)
         except OSError as exc:
             raise store_error(exc, source, "bring into the store") from exc
