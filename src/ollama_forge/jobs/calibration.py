@@ -114,7 +114,8 @@ def _drawn(rows: list[Sequence[int]], options: CalibrationOptions) -> list[Seque
         return rows
     order = list(range(len(rows)))
     random.Random(options.seed).shuffle(order)
-    chosen, left = [], options.n_tokens
+    chosen: list[int] = []
+    left = options.n_tokens
     for number in order:
         if chosen and len(rows[number]) > left:
             break

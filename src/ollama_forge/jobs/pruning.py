@@ -121,13 +121,13 @@ class _OpenPruning:
 
     def result(self, output: Path | None, started: float, *, sha256: str, is_dry_run: bool) -> PrunedModel:
         plan = self.plan
-        is_gguf = isinstance(plan, PrunedGGUF)
+        packed = plan if isinstance(plan, PrunedGGUF) else None
         before = _n_parameters(self.checkpoint)
         warnings = limit_warnings(plan.n_parameters / before)
-        if is_gguf and plan.fallbacks:
-            first = plan.fallbacks[0]
+        if packed is not None and packed.fallbacks:
+            first = packed.fallbacks[0]
             warnings += (
-                f"{len(plan.fallbacks)} tensors get a larger type, because their rows no longer divide into blocks "
+                f"{len(packed.fallbacks)} tensors get a larger type, because their rows no longer divide into blocks "
                 f"({first.name}: {first.type.name} -> {first.instead.name}).",
             )
         return PrunedModel(
@@ -143,8 +143,8 @@ class _OpenPruning:
             importance=self.importance,
             untouched=len(plan.untouched),
             sliced=len(plan.sliced),
-            requantized=len(plan.requantized) if is_gguf else 0,
-            losses=tuple(plan.losses) if is_gguf else (),
+            requantized=len(packed.requantized) if packed else 0,
+            losses=tuple(packed.losses) if packed else (),
             seconds=time.monotonic() - started,
             warnings=warnings,
             is_dry_run=is_dry_run,

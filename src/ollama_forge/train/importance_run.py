@@ -48,5 +48,5 @@ def run_importance(
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         packed = load_packed(gguf)
         if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-            packed.model.to("cuda")
+            torch.nn.Module.to(packed.model, "cuda")
         return measure_importance(packed, rows, parts, advance)

@@ -1,0 +1,206 @@
+"""`downsize prune` on a model that has learnt something: chosen layers beat random ones, and the result is whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from command import forge, forge_json, tree_hash
+from deep_model import N_LAYERS, conversations, deep_model
+from kill import count_events, run_and_kill
+from learnt_model import MODEL_DIR, training_conversation
+
+from ollama_forge.engine import open_engine
+from ollama_forge.engine_sampling import Sampling
+from ollama_forge.files import atomic_output
+from ollama_forge.gguf.reader import open_gguf
+from ollama_forge.gguf.writer import write_gguf
+from ollama_forge.jobs.calibration import CalibrationOptions, measure_ranking, read_rows
+from ollama_forge.train.load import load_packed
+from ollama_forge.transform.cut import Cut
+from ollama_forge.transform.prune import plan_gguf_cut
+from ollama_forge.transform.ranking import choose_layers, random_layers
+from ollama_forge.weights.checkpoint import open_checkpoint
+
+N_KEPT = 7
+SEEDS = range(5)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The deep learnt model as a GGUF."""
+    folder = deep_model(tmp_path_factory)
+    out = tmp_path_factory.mktemp("deep") / "deep.gguf"
+    forge_json("convert", folder, "-o", out, "--outtype", "bf16")
+    return out
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Conversations of its world to measure with."""
+    draw = random.Random("calibration")
+    out = tmp_path_factory.mktemp("text") / "spoken.jsonl"
+    lines = [json.dumps({"messages": training_conversation(draw)}) for _ in range(60)]
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return out
+
+
+def perplexity(path: Path) -> float:
+    """On conversations that nothing was measured with."""
+    torch.set_num_threads(1)
+    model = load_packed(path).model
+    loss, count = 0.0, 0
+    with torch.no_grad():
+        for row in conversations(7, 40):
+            ids = torch.tensor([row])
+            loss += float(model(input_ids=ids, labels=ids).loss) * (len(row) - 1)
+            count += len(row) - 1
+    return math.exp(loss / count)
+
+
+def cut_layers(source: Path, layers: object, out: Path) -> Path:
+    with open_checkpoint(source) as checkpoint:
+        plan = plan_gguf_cut(checkpoint, Cut(layers=layers))  # type: ignore[arg-type]
+        with atomic_output(out) as sink:
+            write_gguf(sink, plan.fields, plan.entries, alignment=plan.alignment)
+    return out
+
+
+def test_layers_chosen_by_importance_leave_a_better_model_than_layers_chosen_by_chance(
+    deep: Path, spoken: Path, tmp_path: Path
+) -> None:
+    with open_gguf(deep) as gguf:
+        importance = measure_ranking(gguf, CalibrationOptions(text=spoken))
+    chosen = perplexity(cut_layers(deep, choose_layers(importance, N_KEPT), tmp_path / "chosen.gguf"))
+    chance = [
+        perplexity(cut_layers(deep, random_layers(N_LAYERS, N_KEPT, seed), tmp_path / f"{seed}.gguf")) for seed in SEEDS
+    ]
+    assert chosen < min(chance)
+
+
+def test_a_dry_run_tells_ranking_and_exact_size_and_the_run_keeps_its_word(
+    deep: Path, spoken: Path, tmp_path: Path
+) -> None:
+    before = tree_hash(tmp_path)
+    words = ("downsize", "prune", deep, "--keep", "75%", "--text", spoken, "-o", tmp_path / "small.gguf")
+    told = forge_json(*words, "--dry-run")
+    assert tree_hash(tmp_path) == before and told["dry_run"]
+    assert len(told["ranking"]["layers"]) == N_LAYERS and told["sizes"]["layers"] < N_LAYERS
+    done = forge_json(*words)
+    assert done["bytes"] == told["bytes"] == (tmp_path / "small.gguf").stat().st_size
+    assert done["dropped_layers"] == told["dropped_layers"]
+    assert done["requantized"] == done["sliced"] == 0
+    with open_engine(tmp_path / "small.gguf", context_length=256) as engine:
+        assert engine.generate("The", Sampling(temperature=0.0, seed=0, max_tokens=4)).n_tokens
+
+
+def test_the_same_command_gives_the_same_bytes(deep: Path, tmp_path: Path) -> None:
+    words = ("downsize", "prune", deep, "--width", "ffn=50%,heads=50%", "--tokens", 600)
+    first = forge_json(*words, "-o", tmp_path / "one.gguf")
+    second = forge_json(*words, "-o", tmp_path / "two.gguf")
+    assert first["sha256"] == second["sha256"] and first["bytes"] == (tmp_path / "two.gguf").stat().st_size
+    assert first["sizes"]["ffn"] == 64 and first["sizes"]["heads"] == 2
+
+
+def test_a_folder_becomes_a_smaller_folder_or_a_smaller_gguf(tmp_path: Path) -> None:
+    for output in ("small", "small.gguf"):
+        done = forge_json("downsize", "prune", MODEL_DIR, "--layers", 2, "-o", tmp_path / output, "--tokens", 300)
+        assert done["sizes"]["layers"] == 2
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["num_hidden_layers"] == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"small", "small.gguf"}
+    forge_json("convert", tmp_path / "small", "-o", tmp_path / "again.gguf")
+    with open_gguf(tmp_path / "again.gguf") as again, open_gguf(tmp_path / "small.gguf") as small:
+        assert {n: bytes(again.read(n)) for n in again.tensors} == {n: bytes(small.read(n)) for n in small.tensors}
+
+
+def test_a_pruned_model_lands_with_what_its_source_says_and_with_its_lineage(tmp_path: Path) -> None:
+    store, registry = tmp_path / "models", tmp_path / "registry.json"
+    forge_json("import", MODEL_DIR, "--name", "whole", "--store", store, "--quant", "Q8_0", "--system", "Be brief.")
+    landed = forge_json(
+        "downsize", "prune", "whole", "--drop-layers", "1", "--name", "small", "--store", store, "--no-check"
+    )
+    assert landed["name"] == "small:latest" and landed["pruned"]["dropped_layers"] == [1]
+    shown = forge_json("show", "small", "--store", store)
+    assert shown["system"] == "Be brief."
+    lineage = forge("registry", "lineage", "small", "--store", store)
+    assert not registry.exists() and (lineage.code != 0 or "prune" in lineage.out)
+
+
+def test_a_picture_of_the_ranking_is_drawn(deep: Path, tmp_path: Path) -> None:
+    words = ("downsize", "prune", deep, "--keep", "80%", "--dry-run", "--tokens", 300, "--plot")
+    forge_json(*words, tmp_path / "ranking.html")
+    forge_json(*words, tmp_path / "ranking.png")
+    page = (tmp_path / "ranking.html").read_text(encoding="utf-8")
+    assert "data:image/png;base64," in page and "http" not in page.replace("http-equiv", "")
+    assert (tmp_path / "ranking.png").read_bytes().startswith(b"\x89PNG")
+    refused = forge(*words, tmp_path / "ranking.png", "--json")
+    assert refused.document["error"]["kind"] == "exists"
+
+
+def test_people_see_the_ranking_and_the_limits(deep: Path) -> None:
+    ended = forge("downsize", "prune", deep, "--layers", 4, "--tokens", 300, "--dry-run")
+    assert ended.code == 0 and "INFLUENCE" in ended.out and "Nothing was changed" in ended.out
+    assert "at most a third" in ended.err and "lower quantization" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ((), "usage"),
+        (("--layers", "0"), "usage"),
+        (("--layers", str(N_LAYERS)), "usage"),
+        (("--layers", "99"), "usage"),
+        (("--keep", "1%"), "usage"),
+        (("--keep", "all"), "usage"),
+        (("--keep", "50%", "--layers", "3"), "usage"),
+        (("--width", "heads=3"), "usage"),
+        (("--width", "experts=2"), "usage"),
+        (("--drop-layers", "3-99"), "usage"),
+        (("--drop-layers", "0-9"), "usage"),
+        (("--text", "/no/such/file", "--layers", "3"), "not_found"),
+        (("--layers", "3", "--plot", "x.gif"), "usage"),
+    ],
+)
+def test_what_cannot_be_met_is_refused_before_anything_is_written(
+    deep: Path, tmp_path: Path, words: tuple[str, ...], kind: str
+) -> None:
+    ended = forge("downsize", "prune", deep, "-o", tmp_path / "small.gguf", *words, "--json")
+    assert ended.code != 0 and ended.document["error"]["kind"] == kind, ended.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_is_never_cut_in_place(deep: Path) -> None:
+    ended = forge("downsize", "prune", deep, "--drop-layers", "2", "-o", deep, "--force", "--json")
+    assert ended.document["error"]["kind"] == "exists"
+
+
+def test_killed_anywhere_it_leaves_the_old_file_or_the_whole_new_one(deep: Path, tmp_path: Path) -> None:
+    argv = ["-m", "ollama_forge", "downsize", "prune", str(deep), "--drop-layers", "2,5", "-o"]
+    whole = tmp_path / "whole.gguf"
+    total = count_events([*argv, str(whole)], [tmp_path])
+    expected = whole.read_bytes()
+    target = tmp_path / "small.gguf"
+    for number in {1, 2, total // 3, total // 2, total - 2, total - 1, total}:
+        outcome = run_and_kill([*argv, str(target)], number, [tmp_path])
+        assert outcome.was_killed
+        assert not target.exists() or target.read_bytes() == expected
+        target.unlink(missing_ok=True)
+    assert forge(*argv[2:], target).code == 0
+    assert target.read_bytes() == expected
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.gguf", "small.gguf"}
+
+
+def test_long_texts_are_drawn_from_by_the_seed(deep: Path, tmp_path: Path) -> None:
+    text = tmp_path / "long.txt"
+    text.write_text(" ".join(f"The robot {number} makes {number * 7} chairs." for number in range(900)), "utf-8")
+    with open_gguf(deep) as gguf:
+        drawn = [
+            [list(row) for row in read_rows(gguf, CalibrationOptions(text, n_tokens=600, context=100, seed=seed))]
+            for seed in (0, 0, 1)
+        ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert sum(map(len, drawn[0])) <= 600
