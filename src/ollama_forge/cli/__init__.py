@@ -63,7 +63,10 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "edit": {
         "downsize": ("downsize", "A smaller model from a larger one: prune, and heal by distillation."),
-        "abliterate": ("abliterate", "Take a direction, such as that of refusals, out of a model; and measure what is left."),
+        "abliterate": (
+            "abliterate",
+            "Take a direction, such as that of refusals, out of a model; and measure what is left.",
+        ),
     },
     "look": {
         "list": ("list_models", "Models in Ollama's store."),
@@ -143,8 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         click.echo(error.format_message())
         return 2
     except click.UsageError as error:
-        where = error.ctx.command_path if error.ctx else prog
-        _print_error("usage", error.format_message(), "", f"{where} --help", as_json=as_json)
+        _print_error("usage", error.format_message(), "", _usage_hint(error.ctx, prog), as_json=as_json)
         return 2
     except click.ClickException as error:
         _print_error("error", error.format_message(), "", "", as_json=as_json)
@@ -162,6 +164,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     return code if isinstance(code, int) else 0
+
+
+def _usage_hint(context: click.Context | None, prog: str) -> str:
+    """The command's own first example, and where the rest is."""
+    if context is None or isinstance(context.command, click.Group):
+        return f"{context.command_path if context else prog} --help"
+    epilog = context.command.epilog or ""
+    example = epilog.partition("|")[0].partition("   (")[0].partition(":")[2].strip()
+    more = f"{context.command_path} --help"
+    return f"{example}   (all options: {more})" if example.startswith(prog) else more
 
 
 def _print_error(kind: str, what: str, why: str, next_step: str, *, as_json: bool) -> None:

@@ -45,7 +45,7 @@ def _document(model: InstalledModel) -> dict[str, Any]:
 
 def _show(console: Console, models: list[InstalledModel]) -> None:
     if not models:
-        console.line("No models here yet. Make one: ollama-forge import ./folder --name NAME, or ollama pull NAME")
+        console.line("No models here yet. Get one: ollama-forge start   (or: ollama pull NAME)")
         return
     columns = ("NAME", "ID", "SIZE", "FAMILY", "PARAMETERS", "QUANT", "CONTEXT", "MODIFIED")
     rows = [

@@ -300,14 +300,14 @@ def _show_models(console: Console, rows: Sequence[ModelFits]) -> None:
     if not rows:
         console.say("There are no models in the store yet. Name a path or hf:org/repo, or see: ollama-forge demo")
         return
-    cells = [("", "MODEL", "PARAMETERS", "QUANT", "SIZE", "TO RUN", "TO FINE-TUNE")]
+    cells = [["", "MODEL", "PARAMETERS", "QUANT", "SIZE", "TO RUN", "TO FINE-TUNE"]]
     for number, row in enumerate(rows, 1):
-        lights = [_words(row, job) for job in ("run", "finetune")]
         size, count = human_bytes(row.size_bytes), human_count(row.parameters) if row.parameters else "-"
-        cells.append((str(number), row.name, count, row.quantization or "-", size, *lights))
-    widths = [max(len(click.unstyle(row[column])) for row in cells) for column in range(len(cells[0]))]
-    for row in cells:
-        padded = [cell + " " * (width - len(click.unstyle(cell))) for cell, width in zip(row, widths, strict=True)]
+        lights = [_words(row, job) for job in ("run", "finetune")]
+        cells.append([str(number), row.name, count, row.quantization or "-", size, *lights])
+    widths = [max(len(click.unstyle(line[column])) for line in cells) for column in range(len(cells[0]))]
+    for line in cells:
+        padded = [cell + " " * (width - len(click.unstyle(cell))) for cell, width in zip(line, widths, strict=True)]
         console.say("  ".join(padded).rstrip())
 
 

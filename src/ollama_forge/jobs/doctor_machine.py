@@ -80,8 +80,8 @@ def _torch_findings() -> list[Finding]:
     code, said = read_output([sys.executable, "-c", _TORCH_PROGRAM], _TORCH_TIMEOUT_SECONDS)
     words = said.split()
     if code != 0 or len(words) < 2:
-        why = said.strip().splitlines()[-1:] or ["it did not answer in time"]
-        return [Finding("torch", State.WARNING, f"torch {version} does not start: {why[0]}", "pip install -U torch")]
+        last = (said.strip().splitlines() or ["it did not answer in time"])[-1]
+        return [Finding("torch", State.WARNING, f"torch {version} does not start: {last}", "pip install -U torch")]
     cuda, is_usable = words[-2], words[-1] == "1"
     if is_usable:
         return [Finding("torch", State.OK, f"torch {version} uses the card (CUDA {cuda})")]

@@ -47,7 +47,7 @@ def store_findings(store_path: Path | None) -> list[Finding]:
             "store",
             State.OPTIONAL,
             f"{folder} ({reason}) does not exist yet",
-            "It is made with the first model: ollama-forge demo, or ollama-forge import ./folder --name NAME",
+            "It is made with the first model: ollama-forge start",
         )
         return [found, *others]
     return [_writable_finding(folder, reason, count), *_owner_findings(folder), *_whole_findings(store), *others]
