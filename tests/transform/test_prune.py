@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -293,6 +295,40 @@ def test_what_the_metadata_list_layer_by_layer_is_cut_with_the_layers(packed: Pa
     with open_gguf(tmp_path / "small.gguf") as small:
         assert list(small.metadata["llama.attention.sliding_window_pattern"]) == [False]
         assert list(small.metadata["llama.rope.dimension_sections"]) == [16, 8]
+
+
+def test_memory_is_bounded_by_the_largest_tensor_not_by_the_model(tmp_path: Path) -> None:
+    script = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from ollama_forge.files import atomic_output
+from ollama_forge.gguf.types import GGMLType, ValueType
+from ollama_forge.gguf.writer import TensorEntry, array, float32, string, uint32, write_gguf
+from ollama_forge.transform.cut import Cut
+from ollama_forge.transform.prune import plan_gguf_cut
+from ollama_forge.weights.checkpoint import open_checkpoint
+source = Path(sys.argv[1]) / "whole.gguf"
+counts = {"block_count": 10, "context_length": 64, "embedding_length": 1024, "feed_forward_length": 4096,
+          "attention.head_count": 8, "attention.head_count_kv": 8, "vocab_size": 4}
+fields = [string("general.architecture", "llama"), *(uint32("llama." + key, n) for key, n in counts.items()),
+          float32("llama.attention.layer_norm_rms_epsilon", 1e-5),
+          array("tokenizer.ggml.tokens", ValueType.STRING, ["a", "b", "c", "d"])]
+rows = lambda: (np.full(1 << 19, 0.25, np.float16).tobytes() for _ in range(8))
+entries = [TensorEntry(f"blk.{layer}.{name}.weight", shape, GGMLType.F16, rows) for layer in range(10)
+           for name, shape in (("ffn_up", (4096, 1024)), ("ffn_down", (1024, 4096)))]
+with atomic_output(source) as sink:
+    write_gguf(sink, fields, entries)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for cut in (Cut(layers=np.arange(8)), Cut(ffn=np.tile(np.arange(0, 4096, 2), (10, 1)), hidden=np.arange(0, 1024, 2))):
+    with open_checkpoint(source) as checkpoint, atomic_output(source.with_name("small.gguf"), overwrite=True) as sink:
+        plan = plan_gguf_cut(checkpoint, cut)
+        write_gguf(sink, plan.fields, plan.entries)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) < 60
 
 
 # --- what cannot be met -----------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def command(
                 f"{str(output)!r} is written, and a folder is landed by another command",
                 next=f"ollama-forge import {output} --name {name}",
             )
-        with pruning_work(model, wanted, pruned.dropped):
+        with pruning_work(model, wanted, pruned.dropped, changes):
             landed = land_gguf(output, name, inherited(model, changes), options)
     for warning in pruned.warnings:
         console.warn(warning)

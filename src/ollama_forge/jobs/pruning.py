@@ -22,7 +22,7 @@ from ollama_forge.jobs.calibration import measure_ranking
 from ollama_forge.jobs.conversion import ConvertOptions, PlannedGGUF, convert_folder, write_planned
 from ollama_forge.jobs.finetune_setup import require_extra
 from ollama_forge.jobs.landing import LandedModel, LandOptions, land_planned
-from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, working
+from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, modelfile_text, working
 from ollama_forge.jobs.merging import inherited
 from ollama_forge.jobs.pruning_request import PruneOptions, choose, require_prunable, settle_target
 from ollama_forge.jobs.resolve import ResolvedModel
@@ -200,7 +200,7 @@ def prune_and_land(
     projector = model.installed.projector if model.installed is not None else None
     with (
         _open_pruning(model, options, scratch, land_options.progress, as_gguf=True) as pruning,
-        pruning_work(model, options, pruning.dropped),
+        pruning_work(model, options, pruning.dropped, changes),
     ):
         landed = land_planned(
             lambda: contextlib.nullcontext(pruning.gguf),
@@ -213,16 +213,24 @@ def prune_and_land(
 
 
 def pruning_work(
-    model: ResolvedModel, options: PruneOptions, dropped: tuple[int, ...]
+    model: ResolvedModel, options: PruneOptions, dropped: tuple[int, ...], changes: Modelfile
 ) -> contextlib.AbstractContextManager[None]:
     """What the registry is told of a pruning."""
-    text = options.calibration.text
-    data = [] if text is None else [file_ingredient(text, "data")]
-    width = {name: str(amount) for name, amount in options.width.items()}
+    calibration = options.calibration
+    data = [] if calibration.text is None else [file_ingredient(calibration.text, "data")]
     return working(
-        "prune", [ingredient_of(model), *data], keep=options.keep, layers=options.n_layers, width=width,
-        by=options.by, dropped_layers=list(dropped),
-    )  # fmt: skip
+        "prune",
+        [ingredient_of(model), *data],
+        keep=options.keep,
+        layers=options.n_layers,
+        width={name: str(amount) for name, amount in options.width.items()},
+        by=options.by,
+        tokens=calibration.n_tokens,
+        context=calibration.context,
+        seed=calibration.seed,
+        dropped_layers=list(dropped),
+        modelfile=modelfile_text(changes),
+    )
 
 
 def _require_output(model: ResolvedModel, output: Path, overwrite: bool) -> None:
