@@ -94,7 +94,7 @@ def command(
         base=base,
         name=name,
         folder=folder.absolute(),
-        lora=_lora(settings),
+        lora=lora_options(settings),
         loop=_loop(settings),
         include=settings["include"],
         max_length=settings["max_length"],
@@ -106,7 +106,7 @@ def command(
         resume=settings["resume"],
         changes=changes,
     )
-    line, talk = _ProgressLine(console), TrainerTalk(console)
+    line, talk = ProgressLine(console), TrainerTalk(console)
     result = train(
         request,
         trainer,
@@ -123,7 +123,7 @@ def command(
         show_trained_elsewhere(console, result)
     else:
         trained = result
-        console.result(trained.document(), lambda: _show(console, trained))
+        console.result(trained.document(), lambda: show_finetuned(console, trained))
 
 
 def default_folder(name: str | None) -> Path:
@@ -131,7 +131,8 @@ def default_folder(name: str | None) -> Path:
     return Path(f"finetune-{(name or 'run').replace('/', '-').replace(':', '-')}")
 
 
-def _lora(settings: dict[str, Any]) -> Any:
+def lora_options(settings: dict[str, Any]) -> Any:
+    """The adapter as its options say."""
     from ollama_forge.train.options import LoraOptions
 
     names = tuple(part for word in settings["target_modules"] for part in word.split(",") if part)
@@ -157,7 +158,7 @@ def _loop(settings: dict[str, Any]) -> Any:
     )
 
 
-class _ProgressLine:
+class ProgressLine:
     """One line on stderr with loss, rate and time left."""
 
     def __init__(self, console: Console) -> None:
@@ -194,7 +195,8 @@ def _show_plan(console: Console, plan: TrainingPlan) -> None:
     )
 
 
-def _show(console: Console, result: FinetuneResult) -> None:
+def show_finetuned(console: Console, result: FinetuneResult) -> None:
+    """The lines for people."""
     trained = result.trained
     if trained is None:
         _show_plan(console, result.plan)

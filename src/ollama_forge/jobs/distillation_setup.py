@@ -1,0 +1,292 @@
+"""Everything about a distillation that can be checked before it starts: both models, their words, data, folder, sums.
+
+In: a `DistillRequest`. Out: a `PreparedDistillation`, or an error before any work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ollama_forge.convert.plan import ConvertOptions, plan_conversion
+from ollama_forge.dataset.examples import hash_examples
+from ollama_forge.errors import DigestError, ExistsError, TrainingError, UsageError
+from ollama_forge.files import hash_file, make_folder, write_bytes
+from ollama_forge.gguf.reader import GGUFFile, open_gguf
+from ollama_forge.jobs.conversion import quantize_options
+from ollama_forge.jobs.finetune_setup import (
+    RUN_FILE,
+    FinetuneRequest,
+    PreparedRun,
+    as_trainable,
+    prepare_run,
+    require_extra,
+    require_free_name,
+    require_trainable,
+)
+from ollama_forge.jobs.landing import LandOptions
+from ollama_forge.jobs.resolve import ResolvedModel, resolve
+from ollama_forge.jobs.teacher_answers import AskOptions
+from ollama_forge.jobs.training_plan import TrainingPlan
+from ollama_forge.store.digest import parse_digest
+from ollama_forge.tokenizer.compare import match_vocabularies
+from ollama_forge.train.distill_options import DistillOptions
+
+TEACHER_FOLDER = "teacher"
+_WAIT_SECONDS = 0.2
+_FLOAT_BYTES = 4
+_LEARNT_FLOATS = 4  # a number, its gradient, and Adam's two moments
+
+
+@dataclass(frozen=True)
+class DistillRequest:
+    """Who teaches whom.
+
+    Attributes:
+        student: what is trained, on what, and what becomes of it; its `base` is the student.
+        teacher: any model on this disk: an Ollama name, a GGUF, a Hugging Face folder.
+        quant: land the student in this quantization; None: as it is.
+        cache: folder for the teacher's predictions; None: in the working folder.
+        ask: the teacher first answers the questions of the data, and its answers are what both read.
+    """
+
+    student: FinetuneRequest
+    teacher: str
+    options: DistillOptions = field(default_factory=DistillOptions)
+    quant: str | None = None
+    cache: Path | None = None
+    ask: AskOptions | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.student.folder
+
+
+@dataclass(frozen=True)
+class DistillPlan:
+    """The sums of a distillation, beside those of the student's training.
+
+    Attributes:
+        training: the student's; its memory is that of LoRA on packed weights.
+        memory_bytes: of everything at once, on each process.
+        cache_bytes: disk that the teacher's predictions take; 0 where none are kept.
+        n_words: of the vocabulary that both share.
+    """
+
+    training: TrainingPlan
+    teacher: str
+    teacher_bytes: int
+    memory_bytes: int
+    cache_bytes: int
+    n_words: int
+    is_full: bool
+
+    @property
+    def light(self) -> str:
+        return replace(self.training, memory_bytes=self.memory_bytes).light
+
+    def document(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {
+            **self.training.document(),
+            "student": self.training.base,
+            "teacher": self.teacher,
+            "teacher_bytes": self.teacher_bytes,
+            "memory_bytes": self.memory_bytes,
+            "cache_bytes": self.cache_bytes,
+            "shared_words": self.n_words,
+            "full": self.is_full,
+            "light": self.light,
+        }
+
+
+@dataclass(frozen=True)
+class PreparedDistillation:
+    """What is needed, checked; the files stay open."""
+
+    run: PreparedRun
+    teacher: ResolvedModel
+    teacher_gguf: GGUFFile
+    plan: DistillPlan
+    warnings: tuple[str, ...]
+
+
+def is_first_process() -> bool:
+    """Whether this process, of those that `accelerate launch` started, is the one that writes and lands."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def wait_for_first_process(folder: Path) -> None:
+    """Every other process waits until the first one has checked everything and claimed the folder.
+
+    A first process that fails ends them all: `accelerate launch` sees to that.
+    """
+    while not is_first_process() and not (folder / RUN_FILE).exists():
+        time.sleep(_WAIT_SECONDS)
+
+
+def wait_for_answers(mark: Path) -> None:
+    """Every other process waits until the first one has the teacher's answers."""
+    while not mark.exists():
+        time.sleep(_WAIT_SECONDS)
+
+
+@contextlib.contextmanager
+def prepare_distillation(request: DistillRequest, options: LandOptions) -> Iterator[PreparedDistillation]:
+    """Check all there is to check; headers and the data are read, no weight is.
+
+    Raises:
+        TrainingError: the vocabularies differ, or a model cannot be trained.
+        UsageError: options that do not go together.
+        As `finetune_setup.prepare_run`.
+    """
+    teacher, n_words = check_models(request, options)
+    teacher = as_trainable(teacher, request.folder / TEACHER_FOLDER, options)
+    assert teacher.gguf_path is not None
+    with open_gguf(teacher.gguf_path) as gguf, prepare_run(request.student, options) as run:
+        require_trainable(gguf, request.teacher)
+        if gguf.path == run.gguf.path:
+            raise UsageError(
+                f"{request.teacher!r} is its own student",
+                why="It predicts what it predicts already.",
+                next="Make a smaller one first: ollama-forge downsize prune REF --keep 70% --name NAME",
+            )
+        plan = _plan(request, run, gguf, n_words)
+        yield PreparedDistillation(run, teacher, gguf, plan, _warnings(run, gguf, plan))
+
+
+def check_models(request: DistillRequest, options: LandOptions) -> tuple[ResolvedModel, int]:
+    """The teacher, and how many words it shares with the student; only names and headers are looked at.
+
+    Raises:
+        TrainingError: the vocabularies differ.
+        ExistsError, UsageError, NotFoundError: a name that is taken, wrong, or not there.
+    """
+    if is_first_process():
+        require_free_name(request.student, options)
+    require_extra()
+    if request.quant is not None:
+        quantize_options(request.quant)
+    teacher = resolve(request.teacher, options.store_path)
+    return teacher, _shared_words(request, resolve(request.student.base, options.store_path), teacher)
+
+
+def _shared_words(request: DistillRequest, student: ResolvedModel, teacher: ResolvedModel) -> int:
+    match = match_vocabularies(metadata_of(student), metadata_of(teacher))
+    if match.is_same:
+        return match.n_words
+    raise TrainingError(
+        f"{request.teacher!r} and {request.student.base!r} do not read text as the same tokens",
+        why=f"Their predictions cannot be compared word by word: {match.difference}.",
+        next="Choose a way around it: --align text (the teacher writes answers, the student learns them), or "
+        "--align sorted (compare sorted probabilities where both split the text alike).",
+    )
+
+
+def metadata_of(model: ResolvedModel) -> Mapping[str, Any]:
+    """GGUF metadata of a model; of a folder, those that its GGUF would have."""
+    if model.folder is not None:
+        with plan_conversion(model.folder, ConvertOptions()) as conversion:
+            return {item.key: item.value for item in conversion.fields}
+    assert model.gguf_path is not None
+    with open_gguf(model.gguf_path) as gguf:
+        return dict(gguf.metadata)
+
+
+def _plan(request: DistillRequest, run: PreparedRun, teacher: GGUFFile, n_words: int) -> DistillPlan:
+    options = request.options
+    memory = run.plan.memory_bytes + teacher.size_bytes
+    if options.is_full:
+        n_numbers = sum(_count(tensor.shape) for tensor in run.gguf.tensors.values())
+        memory += n_numbers * _FLOAT_BYTES * _LEARNT_FLOATS - run.plan.n_trained_parameters * _FLOAT_BYTES * 4
+    cache_bytes = 0
+    if options.cached_words:
+        learnt = run.train.n_learnt + (run.validation.n_learnt if run.validation else 0)
+        cache_bytes = learnt * position_bytes(options.cached_words, n_words)
+        memory -= teacher.size_bytes
+    return DistillPlan(run.plan, request.teacher, teacher.size_bytes, memory, cache_bytes, n_words, options.is_full)
+
+
+def position_bytes(n_kept: int, n_words: int) -> int:
+    """Bytes of one position in the cache of a teacher's predictions (`train.teacher_cache`)."""
+    kept = min(n_kept, n_words)
+    return kept * (2 if n_words <= 1 << 16 else 3) + 2 * (kept + 1)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _warnings(run: PreparedRun, teacher: GGUFFile, plan: DistillPlan) -> tuple[str, ...]:
+    warnings = [text for text in run.warnings if "This run wants about" not in text]
+    key = "tokenizer.chat_template"
+    if run.gguf.metadata.get(key) != teacher.metadata.get(key):
+        warnings.append(
+            "Teacher and student have different chat templates: the teacher reads what the student's template renders."
+        )
+    if plan.light == "red":
+        warnings.append(
+            f"This run wants about {plan.memory_bytes / 1e9:.1f} GB; "
+            f"{(plan.training.available_bytes or 0) / 1e9:.1f} GB are free: keep the teacher's predictions (--cache), "
+            "lower --max-length or --batch-size, or leave --full out."
+        )
+    return tuple(warnings)
+
+
+def claim_distillation(request: DistillRequest, prepared: PreparedDistillation) -> None:
+    """One folder, one run: what it was asked is written down, and a resumed run must have been asked the same.
+
+    Raises:
+        ExistsError: there is another run in the folder, or this one and no `resume`.
+    """
+    run = prepared.run
+    asked = {
+        "student": weights_digest(run.gguf.path),
+        "teacher": weights_digest(prepared.teacher_gguf.path),
+        "data": hash_examples(run.examples),
+        "validation": hash_examples(run.held),
+        "lora": asdict(request.student.lora),
+        "loop": asdict(run.loop),
+        "max_length": request.student.max_length,
+        "overlong": request.student.overlong,
+        "learn": request.student.learn,
+        "options": asdict(request.options),
+    }
+    claim_folder(request.folder, json.dumps(asked, indent=2, sort_keys=True), is_resumed=request.student.resume)
+
+
+def claim_folder(folder: Path, text: str, *, is_resumed: bool) -> None:
+    """Write down what a run was asked, or compare it with what was written down."""
+    path = folder / RUN_FILE
+    if not path.exists():
+        make_folder(folder)
+        write_bytes(path, text.encode())
+        return
+    if not is_resumed:
+        raise ExistsError(
+            f"There is a run in {str(folder)!r} already",
+            next="Add --resume to go on, choose another --workdir, or remove the folder.",
+        )
+    if path.read_text(encoding="utf-8") != text:
+        raise ExistsError(
+            f"The run in {str(folder)!r} was asked something else",
+            why="Models, data or options differ from those it began with.",
+            next="Use the same command as before, or another --workdir.",
+        )
+
+
+def weights_digest(path: Path) -> str:
+    """SHA-256 of a file; that of a blob in a store is its name."""
+    try:
+        return str(parse_digest(path.name)).removeprefix("sha256:")
+    except DigestError:
+        return hash_file(path).sha256
