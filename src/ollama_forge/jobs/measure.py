@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -315,9 +315,3 @@ def _place(tokenizer: GGUFTokenizer, found: Divergence) -> Place:
         this=named(found.top_this),
         against=named(found.top_against),
     )
-
-
-def with_adapters(model: MeasuredModel, adapters: tuple[Path, ...]) -> MeasuredModel:
-    """The same model with more adapters on it."""
-    text = "+".join([model.text, *(str(path) for path in adapters)])
-    return replace(model, text=text, adapters=(*model.adapters, *adapters))

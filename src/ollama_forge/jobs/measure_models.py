@@ -19,9 +19,10 @@ from ollama_forge.jobs.adapters import settle_base_copies
 from ollama_forge.jobs.conversion import ConvertOptions, convert_folder
 from ollama_forge.jobs.resolve import ResolvedModel, resolve
 from ollama_forge.source.ref import RefKind, parse_ref
+from ollama_forge.transform.lora import WeightedAdapter
 from ollama_forge.weights.adapter import open_adapter
 from ollama_forge.weights.adapter_base import describe_gguf
-from ollama_forge.weights.adapter_fit import FittedAdapter, fit_adapter
+from ollama_forge.weights.adapter_fit import fit_adapter
 
 PACKAGES = ("torch", "transformers", "accelerate")
 
@@ -33,12 +34,12 @@ class MeasuredModel:
     Attributes:
         text: as typed.
         model: its weights.
-        adapters: on top of them, in order; those of an Ollama model come first.
+        adapters: on top of them, each with its strength, in order; those of an Ollama model come first.
     """
 
     text: str
     model: ResolvedModel
-    adapters: tuple[Path, ...] = ()
+    adapters: tuple[tuple[Path, float], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,7 @@ class OpenModel:
 
     text: str
     gguf: GGUFFile
-    adapters: tuple[FittedAdapter, ...]
+    adapters: tuple[WeightedAdapter, ...]
 
     @property
     def context_length(self) -> int | None:
@@ -78,7 +79,7 @@ def resolve_measured(text: str, store_path: Path | None = None) -> MeasuredModel
     base, adapters = _split(text, store_path)
     model = resolve(base, store_path)
     paths = [path for adapter in adapters for path in _adapter_paths(adapter, store_path)]
-    return MeasuredModel(text, model, (*model.adapters, *paths))
+    return MeasuredModel(text, model, tuple((path, 1.0) for path in (*model.adapters, *paths)))
 
 
 def _split(text: str, store_path: Path | None) -> tuple[str, list[str]]:
@@ -148,7 +149,7 @@ def open_measured(measured: MeasuredModel, scratch_dir: Path, progress: Progress
         _require_language_model(gguf, measured.text)
         base = describe_gguf(gguf)
         adapters = []
-        for adapter_path in measured.adapters:
+        for adapter_path, weight in measured.adapters:
             adapter = files.enter_context(open_adapter(adapter_path))
             if adapter.invocation_tokens:
                 raise AdapterError(
@@ -156,7 +157,7 @@ def open_measured(measured: MeasuredModel, scratch_dir: Path, progress: Progress
                     why="Measuring would switch it on for the whole text.",
                     next="Measure the model without it.",
                 )
-            adapters.append(settle_base_copies(fit_adapter(adapter, base), path))
+            adapters.append(WeightedAdapter(settle_base_copies(fit_adapter(adapter, base), path), weight))
         yield OpenModel(measured.text, gguf, tuple(adapters))
 
 

@@ -17,12 +17,13 @@ from torch import nn
 from ollama_forge.errors import AdapterError
 from ollama_forge.train.load import PackedModel
 from ollama_forge.train.packed import PackedEmbedding, PackedLinear
+from ollama_forge.transform.lora import WeightedAdapter
 from ollama_forge.transform.lora_gguf import require_expressible
-from ollama_forge.weights.adapter_fit import FittedAdapter, FittedPair
+from ollama_forge.weights.adapter_fit import FittedPair
 
 
 @contextlib.contextmanager
-def attached(packed: PackedModel, adapters: Sequence[FittedAdapter]) -> Iterator[None]:
+def attached(packed: PackedModel, adapters: Sequence[WeightedAdapter]) -> Iterator[None]:
     """Inside the block the model answers with the adapters on, each at its own strength.
 
     Raises:
@@ -30,12 +31,12 @@ def attached(packed: PackedModel, adapters: Sequence[FittedAdapter]) -> Iterator
             named.
     """
     for adapter in adapters:
-        require_expressible(adapter)
+        require_expressible(adapter.fitted)
     with contextlib.ExitStack() as undo:
         for adapter in adapters:
-            for pair in adapter.pairs:
+            for pair in adapter.fitted.pairs:
                 layer = find_layer(packed, pair)
-                undo.callback(layer.register_forward_hook(_adding(layer, pair)).remove)
+                undo.callback(layer.register_forward_hook(_adding(layer, pair, adapter.weight)).remove)
         yield
 
 
@@ -60,10 +61,10 @@ def find_layer(packed: PackedModel, pair: FittedPair) -> PackedLinear | PackedEm
     return found
 
 
-def _adding(layer: PackedLinear | PackedEmbedding, pair: FittedPair) -> Callable[..., Any]:
+def _adding(layer: PackedLinear | PackedEmbedding, pair: FittedPair, weight: float) -> Callable[..., Any]:
     """A forward hook. The outputs of a packed layer stand in Hugging Face's order, the pair in GGUF's."""
     a = torch.from_numpy(pair.read_a()).to(layer.matrix.device)
-    b = torch.from_numpy(pair.read_b() * pair.pair.scale).to(layer.matrix.device)
+    b = torch.from_numpy(pair.read_b() * (weight * pair.pair.scale)).to(layer.matrix.device)
     b = layer.matrix.from_rope_order(b, 0)
 
     def add_product(_layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:

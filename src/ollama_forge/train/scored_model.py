@@ -21,7 +21,7 @@ from ollama_forge.train.attach import attached
 from ollama_forge.train.engine_rounding import engine_rounding
 from ollama_forge.train.load import PackedModel, load_packed
 from ollama_forge.train.scoring import N_WORST, Comparison, compare
-from ollama_forge.weights.adapter_fit import FittedAdapter
+from ollama_forge.transform.lora import WeightedAdapter
 
 SMALL_MODEL_BYTES = 16 << 20
 
@@ -41,7 +41,7 @@ class ScoreOptions:
 
 @contextlib.contextmanager
 def scored_model(
-    source: Path | GGUFFile, adapters: Sequence[FittedAdapter] = (), options: ScoreOptions | None = None
+    source: Path | GGUFFile, adapters: Sequence[WeightedAdapter] = (), options: ScoreOptions | None = None
 ) -> Iterator[PackedModel]:
     """Load a model for scoring; a path is opened and closed again.
 
@@ -56,7 +56,7 @@ def scored_model(
 
 
 @contextlib.contextmanager
-def _made_ready(gguf: GGUFFile, adapters: Sequence[FittedAdapter], options: ScoreOptions) -> Iterator[PackedModel]:
+def _made_ready(gguf: GGUFFile, adapters: Sequence[WeightedAdapter], options: ScoreOptions) -> Iterator[PackedModel]:
     has_cuda = torch.cuda.is_available()
     if options.device == "cuda" and not has_cuda:
         raise UsageError("There is no CUDA device here", next="Leave --device out, or use --device cpu.")
@@ -76,7 +76,7 @@ def compare_files(
     against: GGUFFile,
     windows: Sequence[Window],
     *,
-    adapters: tuple[Sequence[FittedAdapter], Sequence[FittedAdapter]] = ((), ()),
+    adapters: tuple[Sequence[WeightedAdapter], Sequence[WeightedAdapter]] = ((), ()),
     options: ScoreOptions | None = None,
     n_worst: int = N_WORST,
     advance: Callable[[int], None] | None = None,
