@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ollama_forge.errors import RecipeError
+from ollama_forge.errors import InterruptedRunError, RecipeError
 from ollama_forge.files import hash_file
 from ollama_forge.jobs.conversion import convert_options
 from ollama_forge.jobs.landing import LandedModel, LandOptions, import_folder, land_gguf, land_installed
@@ -30,7 +30,8 @@ from ollama_forge.store.land import require_free_name
 from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.train.options import Watch
 
-_TRAINED = ("finetune",)
+_TRAINED = ("finetune", "abliterate", "downsize")
+_ROLES = {"finetune": "data", "abliterate": "prompts", "downsize": "data", "quantize": "imatrix"}
 Say = Callable[[str], None]
 
 
@@ -178,7 +179,7 @@ def _build(
         bench = Workbench(
             source.local, state, recipe.folder, step.adapters, options.store_path, options.progress, watch
         )
-        state = results[step.number] = run_step(step.step, bench, plan.work.open_step(step.kind, step.key))
+        state = results[step.number] = _run(step, bench, plan)
         warnings += [str(text) for text in state.facts.get("warnings", ())]
         _compare_outputs(lock, step, state, warnings)
         plan.work.write_step(step.kind, step.key, state)
@@ -210,6 +211,14 @@ def _build(
         None,
         tuple(warnings),
     )
+
+
+def _run(step: PlannedStep, bench: Workbench, plan: BuildPlan) -> StepResult:
+    try:
+        return run_step(step.step, bench, plan.work.open_step(step.kind, step.key))
+    except InterruptedRunError as exc:
+        next_step = f"ollama-forge build {plan.recipe.path}   (it goes on where it was)"
+        raise InterruptedRunError(exc.what, why=exc.why, next=next_step) from exc
 
 
 def lock_document(plan: BuildPlan, results: dict[int, StepResult]) -> dict[str, Any]:
@@ -289,7 +298,7 @@ def _ingredients(plan: BuildPlan) -> Iterator[Ingredient]:
         yield ingredient_of(source.local)
     yield Ingredient("recipe", str(plan.recipe.path), f"sha256:{hash_file(plan.recipe.path).sha256}")
     for step in plan.steps:
-        role = "data" if step.kind == "finetune" else "adapter"
+        role = _ROLES.get(step.kind, "adapter")
         for adapter in step.adapters:
             if adapter.commit:
                 yield Ingredient(role, adapter.label, commit=adapter.commit)

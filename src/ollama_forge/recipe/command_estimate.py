@@ -54,7 +54,7 @@ def _finetune(document: Mapping[str, Any]) -> CommandEstimate:
 def _file(document: Mapping[str, Any]) -> CommandEstimate:
     size_bytes = int(document["bytes"])
     cores = os.cpu_count() or 1
-    seconds = 3 * size_bytes / (QUANTIZED_BYTES_PER_SECOND_AND_CORE * cores) + size_bytes / DISK_BYTES_PER_SECOND
+    seconds = 1 + 3 * size_bytes / (QUANTIZED_BYTES_PER_SECOND_AND_CORE * cores) + size_bytes / DISK_BYTES_PER_SECOND
     return CommandEstimate(disk_bytes=size_bytes, memory_bytes=STREAMING_BYTES, seconds=round(seconds, 1))
 
 

@@ -16,7 +16,7 @@ from ollama_forge.jobs.conversion import convert_options, open_folder, open_quan
 from ollama_forge.jobs.landing import LandOptions
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.recipe.plan import BuildPlan
-from ollama_forge.recipe.schema import AdapterStep, FinetuneStep, MergeStep, QuantizeStep
+from ollama_forge.recipe.schema import AbliterateStep, AdapterStep, DownsizeStep, FinetuneStep, MergeStep, QuantizeStep
 from ollama_forge.recipe.steps import current_model
 from ollama_forge.recipe.work import StepResult
 from ollama_forge.store.catalog import open_store
@@ -124,6 +124,10 @@ def _estimate_step(step: Any, model: ResolvedModel | None, size_bytes: int, fold
         return StepEstimate(
             "finetune", size_bytes if step.merge else size_bytes // 50, size_bytes + _TRAINING_BYTES, seconds
         )
+    if isinstance(step, (AbliterateStep, DownsizeStep)):
+        # Both read the model's answers or a text several times, and write it twice; how often depends on what they see.
+        seconds = training_seconds(size_bytes, 20_000)
+        return StepEstimate(step.kind, 2 * size_bytes, size_bytes + _TRAINING_BYTES, seconds)
     assert isinstance(step, AdapterStep)
     return StepEstimate("adapter", None, STREAMING_BYTES, 1.0)
 

@@ -16,22 +16,27 @@ from typing import Any
 
 from ollama_forge.dataset.read import find_data_files
 from ollama_forge.files import Progress, no_progress
+from ollama_forge.jobs.resolve import resolve
 from ollama_forge.recipe.inputs import AdapterInput, Fingerprints, find_adapter_input, hash_of
 from ollama_forge.recipe.lock import Lock
 from ollama_forge.recipe.read import Recipe
-from ollama_forge.recipe.schema import AdapterStep, FinetuneStep, MergeStep, Part, QuantizeStep
+from ollama_forge.recipe.schema import AdapterStep, MergeStep, Part, QuantizeStep
 from ollama_forge.recipe.source import FoundSource, find_source
 from ollama_forge.recipe.wishes import combined_wishes
 from ollama_forge.recipe.work import StepResult, WorkFolder, open_work_folder
+from ollama_forge.source.ref import looks_like_path
 from ollama_forge.store.catalog import open_store
 from ollama_forge.store.modelfile import Modelfile, render_modelfile
 
 _ENGINE = 1  # raise it when a step comes to mean something else
+_TRAINING = ("ollama-forge", "xllamacpp", "torch", "transformers", "peft", "trl")
 _PACKAGES = {
     "quantize": ("ollama-forge", "xllamacpp"),
     "merge": ("ollama-forge", "xllamacpp"),
     "adapter": ("ollama-forge",),
-    "finetune": ("ollama-forge", "xllamacpp", "torch", "transformers", "peft", "trl"),
+    "finetune": _TRAINING,
+    "abliterate": _TRAINING,
+    "downsize": _TRAINING,
 }
 
 
@@ -120,7 +125,7 @@ def plan_build(
     for number, step in enumerate(parts):
         commits = lock.step_commits(number) if lock else {}
         adapters = _find_adapters(step, recipe.folder, fingerprints, commits)
-        inputs = _hash_inputs(step, recipe.folder, fingerprints, adapters)
+        inputs = _hash_inputs(step, recipe.folder, fingerprints, adapters, store_path)
         key = _step_key(key, step, inputs)
         kind = str(step.model_dump()["kind"])
         steps.append(PlannedStep(number, step, key, inputs, adapters, work.read_step(kind, key)))
@@ -164,26 +169,52 @@ def _find_adapters(
 
 
 def _hash_inputs(
-    step: Part, folder: Path, fingerprints: Fingerprints, adapters: Sequence[AdapterInput]
+    step: Part,
+    folder: Path,
+    fingerprints: Fingerprints,
+    adapters: Sequence[AdapterInput],
+    store_path: Path | None,
 ) -> dict[str, str]:
     found: dict[str, str] = {}
     for adapter in adapters:
         found |= adapter.hashes
-    imatrix = getattr(step, "imatrix", None)
-    if imatrix:
-        found |= fingerprints.files([folder / Path(imatrix).expanduser()], imatrix)
-    if isinstance(step, FinetuneStep):
-        for text in step.data:
-            paths = find_data_files([folder / Path(text).expanduser()], step.include)
-            if len(paths) == 1 and paths[0].name == Path(text).name:
-                found[text] = fingerprints.file(paths[0])
-            else:
-                found |= {f"{text}/{path.name}": fingerprints.file(path) for path in paths}
+    for key in step.paths:
+        if adapters and key in ("path", "adapters"):
+            continue
+        value = getattr(step, key)
+        for text in value if isinstance(value, tuple) else (value,):
+            if text is not None:
+                found |= _hash_path(text, folder, fingerprints, getattr(step, "include", ()), is_data=key == "data")
+    teacher = getattr(step, "teacher", None)
+    if teacher is not None:
+        found |= _hash_teacher(teacher, folder, fingerprints, store_path)
     return found
 
 
+def _hash_path(
+    text: str, folder: Path, fingerprints: Fingerprints, include: Sequence[str], *, is_data: bool
+) -> dict[str, str]:
+    path = folder / Path(text).expanduser()
+    if not is_data or path.is_file():
+        return fingerprints.files([path], text)
+    files = find_data_files([path], include)
+    return {f"{text}/{file.name}": fingerprints.file(file) for file in files}
+
+
+def _hash_teacher(text: str, folder: Path, fingerprints: Fingerprints, store_path: Path | None) -> dict[str, str]:
+    beside = folder / Path(text).expanduser()
+    model = resolve(str(beside) if looks_like_path(text) or beside.exists() else text, store_path)
+    if model.installed is not None:
+        return {text: model.installed.digest}
+    path = model.gguf_path or model.folder
+    assert path is not None
+    return fingerprints.files([path], text)
+
+
 def _step_key(previous: str, step: Part, inputs: Mapping[str, str]) -> str:
-    options = {name: value for name, value in step.model_dump(mode="json").items() if name not in step.paths}
+    options = {
+        name: value for name, value in step.model_dump(mode="json").items() if name not in (*step.paths, "teacher")
+    }
     versions = [[name, _version(name)] for name in _PACKAGES.get(str(options["kind"]), ())]
     # The order of adapters matters, their paths do not.
     return hash_of([previous, options, list(inputs.values()), versions])

@@ -22,9 +22,10 @@ from ollama_forge.recipe.schema import (
     MEANT,
     SOURCES,
     STEPS,
-    UNAVAILABLE,
+    AbliterateStep,
     AdapterStep,
     CreateStep,
+    DownsizeStep,
     FinetuneStep,
     MergeStep,
     Part,
@@ -38,6 +39,7 @@ from ollama_forge.source.hub import list_repo
 from ollama_forge.source.hub_files import RepoName, parse_repo
 from ollama_forge.source.ref import RefKind, looks_like_path, parse_ref
 
+_NEEDS_PLAIN_WEIGHTS = (FinetuneStep, AbliterateStep, DownsizeStep)
 _STEP_KEYS = ("quantize", "adapter")
 _ONLY_FOR = {
     "revision": ("hf_repo", "checkpoint"),
@@ -241,7 +243,7 @@ class _Reader:
         near = [meant] if meant in known else difflib.get_close_matches(key, known, n=1, cutoff=0.55)
         if near:
             self._add(place, f"There is no key {key!r}", f"did you mean {near[0]!r}?")
-        elif key in STEPS or key in UNAVAILABLE:
+        elif key in STEPS:
             self._add(place, f"There is no key {key!r} here", f"write it as a step: steps: [{key}: ...]")
         else:
             self._add(place, f"There is no key {key!r}", f"known: {', '.join(known)}")
@@ -309,21 +311,19 @@ class _Reader:
         if isinstance(item, str):
             item = {item: None}
         if not isinstance(item, dict) or not item:
-            self._add(place, "A step is `kind: ...`", f"kinds: {', '.join([*STEPS, *UNAVAILABLE])}")
+            self._add(place, "A step is `kind: ...`", f"kinds: {', '.join(STEPS)}")
             return None
         if len(item) != 1:
             self._add(
                 place, f"A step has one kind, and here are {len(item)} keys: {', '.join(item)}", "indent its keys"
             )
             return None
-        written, options = next(iter(item.items()))
-        kind = ALIASES.get(written, written)
-        if kind in UNAVAILABLE:
-            self._add((*place, written), f"The step {written!r} is not available in this version")
-            return None
+        written = str(next(iter(item)))
+        options = item[written]
+        kind: str = ALIASES.get(written, written)
         if kind not in STEPS:
-            near = difflib.get_close_matches(kind, [*STEPS, *UNAVAILABLE], n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"kinds: {', '.join([*STEPS, *UNAVAILABLE])}"
+            near = difflib.get_close_matches(kind, STEPS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"kinds: {', '.join(STEPS)}"
             self._add((*place, written), f"There is no step {written!r}", hint)
             return None
         model = STEPS[kind]

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ollama_forge.errors import ForgeError
 from ollama_forge.gguf.types import parse_file_type, parse_type
 from ollama_forge.store.name import parse_name, validate_writable
 from ollama_forge.store.parameters import PARAMETERS, parse_parameter
+from ollama_forge.transform.cut_request import parse_amount, parse_share
 
 SOURCES = ("base", "gguf", "hf_repo", "checkpoint")
 FLAT_PARAMETERS = ("temperature", "num_ctx", "top_p", "repeat_penalty")
@@ -46,6 +47,18 @@ def _or_value_error(check: Any, text: str) -> str:
     except ForgeError as exc:
         raise ValueError(". ".join(part for part in (exc.what, exc.why) if part)) from exc
     return text
+
+
+def _known_goal(text: str) -> str:
+    from ollama_forge.jobs.downsizing_plan import parse_goal
+
+    return _or_value_error(lambda: parse_goal(text), text)
+
+
+def _known_amounts(values: dict[str, str]) -> dict[str, str]:
+    for name, text in values.items():
+        _or_value_error(lambda name=name, text=text: parse_amount(text, name), text)
+    return values
 
 
 def _known_parameters(values: dict[str, Any]) -> dict[str, Any]:
@@ -186,6 +199,101 @@ class FinetuneStep(Part):
     merge: bool = False
 
 
+class AbliterateStep(Part):
+    """Take the refusal direction out of the weights; as `ollama-forge abliterate run`."""
+
+    paths: ClassVar[tuple[str, ...]] = ("harmful", "harmless", "directions", "markers", "imatrix")
+    kind: Literal["abliterate"] = "abliterate"
+    harmful: Annotated[Texts, Field(min_length=1)]
+    harmless: Annotated[Texts, Field(min_length=1)]
+    directions: str | None = None
+    markers: str | None = None
+    imatrix: str | None = None
+    num_prompts: Annotated[int, Field(ge=2)] | None = None
+    num_instructions: Annotated[int, Field(ge=2)] = 128
+    num_eval_prompts: Annotated[int, Field(ge=2)] = 32
+    method: Literal["mean", "median"] = "mean"
+    positions: Annotated[tuple[int, ...], BeforeValidator(_listed)] = (-1,)
+    layer_fracs: Annotated[tuple[Share, ...], BeforeValidator(_words)] = ()
+    layer: float | None = None
+    per_layer: bool = False
+    strength: float = 1.0
+    attention_strength: float | None = None
+    mlp_strength: float | None = None
+    num_directions: Positive = 1
+    strength_kernel: Literal["constant", "linear_peak", "gaussian"] = "constant"
+    kernel_center: float = 0.5
+    kernel_width: float = 0.4
+    skip_begin_layers: Count = 0
+    skip_end_layers: Count = 0
+    norm_preserving: bool = False
+    projected: bool = False
+    embedding: bool = True
+    quant: FileTypeName | None = None
+    no_requantize: bool = False
+    max_tokens: Positive = 256
+    trial_tokens: Annotated[int, Field(ge=4)] = 40
+    seed: int = 0
+    verify: bool = True
+    accept: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class DownsizeStep(Part):
+    """Cut parts of the model away, and heal it by distillation; as `ollama-forge downsize`.
+
+    `target` with `data` is the whole pipeline; `keep`, `layers`, `drop_layers` and `width` cut once; `data` heals what
+    was cut, with the weights before the cut as teacher, or `teacher` teaches it.
+    """
+
+    paths: ClassVar[tuple[str, ...]] = ("data", "text")
+    kind: Literal["downsize"] = "downsize"
+    target: Annotated[str, AfterValidator(_known_goal)] | None = None
+    keep: str | None = None
+    layers: Positive | None = None
+    drop_layers: Annotated[tuple[Count, ...], BeforeValidator(_words)] = ()
+    width: Annotated[dict[Literal["ffn", "heads", "hidden", "experts"], str], AfterValidator(_known_amounts)] = {}
+    by: Literal["distance", "influence"] = "distance"
+    text: str | None = None
+    tokens: Annotated[int, Field(ge=2)] = 8192
+    teacher: str | None = None
+    data: Texts = ()
+    include: Texts = ()
+    loss: Literal["forward-kl", "reverse-kl", "jsd"] = "forward-kl"
+    full: bool = False
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    max_steps: Count = 0
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    rank: Annotated[int, Field(ge=1, le=4096)] = 16
+    max_length: Annotated[int, Field(ge=2)] = 1024
+    learn: Literal["assistant", "all"] = "all"
+    batch_size: Positive = 1
+    grad_accum: Count = 0
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @property
+    def cuts(self) -> bool:
+        """Whether something is cut away."""
+        return bool(self.keep or self.layers or self.drop_layers or self.width)
+
+    @model_validator(mode="after")
+    def _says_what(self) -> DownsizeStep:
+        if self.keep is not None:
+            _or_value_error(lambda: parse_share(self.keep or "", "keep"), self.keep)
+        if self.target and (self.cuts or self.teacher):
+            raise ValueError("'target' is the whole pipeline: keep, layers, width and teacher do not go with it")
+        if self.target and not self.data:
+            raise ValueError("'target' needs 'data': what was cut is damaged until it is healed")
+        if self.teacher and not self.data:
+            raise ValueError("'teacher' needs 'data'")
+        if not (self.target or self.cuts or self.teacher):
+            raise ValueError(
+                "'downsize' needs 'target', or what to cut (keep, layers, width), or 'teacher' with 'data'"
+            )
+        return self
+
+
 class CreateStep(Wishes):
     """What the model says beside its weights; the same keys may stand at the top of the recipe."""
 
@@ -198,13 +306,10 @@ STEPS: dict[str, type[Part]] = {
     "adapter": AdapterStep,
     "merge": MergeStep,
     "finetune": FinetuneStep,
+    "abliterate": AbliterateStep,
+    "downsize": DownsizeStep,
     "create": CreateStep,
 }
-UNAVAILABLE = {
-    "abliterate": "ollama-forge abliterate",
-    "downsize": "ollama-forge downsize",
-}
-"""Steps whose engine is not here; they are refused when the recipe is read."""
 
 ALIASES = {"licence": "license", "licenses": "license", "licences": "license", "finetuning": "finetune"}
 """Other spellings of keys; they mean the same."""

@@ -23,8 +23,17 @@ from ollama_forge.jobs.finetune_setup import FinetuneRequest
 from ollama_forge.jobs.landing import LandOptions
 from ollama_forge.jobs.merging import MergedModel, MergeInput, MergeOptions, merge_model
 from ollama_forge.jobs.resolve import ResolvedModel
+from ollama_forge.recipe.edit_steps import EditBench, Edited, abliterate, downsize
 from ollama_forge.recipe.inputs import AdapterInput
-from ollama_forge.recipe.schema import AdapterStep, FinetuneStep, MergeStep, Part, QuantizeStep
+from ollama_forge.recipe.schema import (
+    AbliterateStep,
+    AdapterStep,
+    DownsizeStep,
+    FinetuneStep,
+    MergeStep,
+    Part,
+    QuantizeStep,
+)
 from ollama_forge.recipe.work import StepResult
 from ollama_forge.train.options import IMPORTANCE_FILE, LoopOptions, LoraOptions, Watch
 
@@ -236,9 +245,31 @@ def _wanted_template(request: FinetuneRequest, model: ResolvedModel) -> str | No
     return ALPACA_GO_TEMPLATE if any(not example.is_plain for example in examples) else None
 
 
+def _abliterate(step: Any, bench: Workbench, output_dir: Path) -> StepResult:
+    assert isinstance(step, AbliterateStep)
+    return _edited(bench, abliterate(step, _edit_bench(bench), output_dir))
+
+
+def _downsize(step: Any, bench: Workbench, output_dir: Path) -> StepResult:
+    assert isinstance(step, DownsizeStep)
+    return _edited(bench, downsize(step, _edit_bench(bench), output_dir))
+
+
+def _edit_bench(bench: Workbench) -> EditBench:
+    options = LandOptions(bench.store_path, progress=bench.progress)
+    model = bench.model
+    return EditBench(model, _ref_of(model), lambda text: bench.folder / Path(text).expanduser(), options, bench.watch)
+
+
+def _edited(bench: Workbench, done: Edited) -> StepResult:
+    return replace(bench.state, weights=done.path, adapters=(), outputs={done.path.name: done.sha256}, facts=done.facts)
+
+
 _RUNNERS: Mapping[type[Part], Callable[[Any, Workbench, Path], StepResult]] = {
     QuantizeStep: _quantize,
     AdapterStep: _adapter,
     MergeStep: _merge,
     FinetuneStep: _finetune,
+    AbliterateStep: _abliterate,
+    DownsizeStep: _downsize,
 }
