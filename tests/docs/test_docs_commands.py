@@ -31,6 +31,7 @@ PAGES = (
     "modelfile.md",
     "hf-to-ollama.md",
     "adapters.md",
+    "quantization.md",
     "training-data.md",
     "finetune.md",
     "retrain.md",
