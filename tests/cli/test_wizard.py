@@ -9,6 +9,7 @@ import pty
 import re
 import select
 import shlex
+import shutil
 import subprocess
 import sys
 import termios
@@ -34,8 +35,6 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(origin: Path, tmp_path: Path) -> Path:
-    import shutil
-
     return Path(shutil.copytree(origin, tmp_path / "store"))
 
 
@@ -150,10 +149,33 @@ def test_only_jobs_whose_command_is_there_are_offered() -> None:
         assert (forge(*job.words, "--help").code == 0) == (job.key in offered), job.key
 
 
+def test_every_offered_job_gives_a_command_that_its_own_dry_run_accepts(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(DEMO_MODEL.parent / "finetune.jsonl", tmp_path / "data.jsonl")
+    things = ("turnip", "carrot", "leek", "potato"), ("lamp", "chair", "cup", "table")
+    for name, words in zip(("harmful.txt", "harmless.txt"), things, strict=True):
+        (tmp_path / name).write_text("".join(f"How do I wash a {word}?\n" for word in words), encoding="utf-8")
+    answers = {
+        "customise": {"system": "Hi."},
+        "quantize": {},
+        "finetune": {"data": "data.jsonl"},
+        "abliterate": {"harmful": "harmful.txt", "harmless": "harmless.txt"},
+        "downsize": {"data": "data.jsonl", "target": "65 %"},
+    }
+    before = tree_hash(store)
+    for job in offered_jobs():
+        path = answers_file(tmp_path, model="base", name="made", job=job.key, **answers[job.key])
+        ended = forge("wizard", "--answers", path, "--store", store, "--dry-run")
+        assert ended.code == 0, job.key + ended.out + ended.err
+    assert tree_hash(store) == before
+
+
 class Terminal:
     """The wizard at a pseudo-terminal, answered as a person would: a line when the question is there."""
 
-    def __init__(self, *argv: object, home: Path) -> None:
+    def __init__(self, *argv: object, home: Path, folder: Path | None = None) -> None:
         self.ours, theirs = pty.openpty()
         self.said = ""
         command = [sys.executable, "-m", "ollama_forge", "wizard", *map(str, argv)]
@@ -164,6 +186,7 @@ class Terminal:
             stdout=theirs,
             stderr=theirs,
             env=environment,
+            cwd=folder,
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is more than a character
         )
@@ -239,6 +262,21 @@ def test_ctrl_c_keeps_the_answers_and_says_how_to_go_on(store: Path, tmp_path: P
     assert yaml.safe_load(kept.read_text()) == {"model": "base", "name": "later", "job": "customise"}
     assert forge("wizard", "--answers", kept, "--store", store).code == 0
     assert "later:latest" in [row["name"] for row in forge_json("list", "--store", store)]
+
+
+def test_ctrl_c_while_it_works_keeps_the_answers_too(store: Path, tmp_path: Path) -> None:
+    lines = (DEMO_MODEL.parent / "finetune.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "data.jsonl").write_text(lines * 20, encoding="utf-8")
+    path = answers_file(
+        tmp_path, model="base", name="long", job="finetune", data=str(tmp_path / "data.jsonl"), run=True
+    )
+    terminal = Terminal("--answers", path, "--store", store, home=tmp_path / "home", folder=tmp_path)
+    for question in ("Times through", "Tokens of an example", "Merge into"):
+        terminal.answer(question, "\n")
+    terminal.answer("trained numbers", "\x03")
+    assert terminal.end() == 130, terminal.said
+    assert f"wizard --answers {tmp_path / 'home' / 'wizard-answers.yaml'}" in terminal.said
+    assert "long:latest" not in [row["name"] for row in forge_json("list", "--store", store)]
 
 
 def test_without_a_terminal_and_without_answers_it_says_what_to_give() -> None:

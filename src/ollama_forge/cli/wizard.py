@@ -63,7 +63,10 @@ def command(
         return 0
     if dry_run:
         argv = [*argv, "--dry-run"]
-    return sitting.run(argv)
+    code = sitting.run(argv)
+    if code == InterruptedRunError.exit_code:
+        console.say(f"  or, from your answers: ollama-forge wizard --answers {shlex.quote(str(sitting.keep()))}")
+    return code
 
 
 def read_answers(path: Path) -> dict[str, Any]:
@@ -109,7 +112,7 @@ class Sitting:
         try:
             yield
         except (KeyboardInterrupt, click.Abort) as exc:
-            path = self._save(self.save_path or self._default_path())
+            path = self.keep()
             raise InterruptedRunError(
                 "Interrupted.",
                 why=f"Your {len(self.answers)} answers are kept in {path}. Nothing was changed.",
@@ -118,10 +121,11 @@ class Sitting:
         if self.save_path is not None:
             self.console.say(f"Answers: {self._save(self.save_path)}")
 
-    def _default_path(self) -> Path:
+    def keep(self) -> Path:
+        """Write the answers where they can be found again."""
         from ollama_forge.registry.registry_file import forge_home
 
-        return forge_home() / "wizard-answers.yaml"
+        return self._save(self.save_path or forge_home() / "wizard-answers.yaml")
 
     def _save(self, path: Path) -> Path:
         import yaml

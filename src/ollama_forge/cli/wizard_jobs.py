@@ -272,7 +272,8 @@ def command_line(
         words.append("--allow-requantize")
     for question in job.questions:
         answer = answers.get(question.key, "")
-        if not answer or (answer == question.default and question.kind is not Kind.CHOICE):
+        is_default = answer == question.default and question.kind in (Kind.YES, Kind.NUMBER, Kind.COUNT)
+        if not answer or is_default:
             continue
         words += [question.flag] if question.kind is Kind.YES else [question.flag, answer]
     if answers.get("replace") == "yes":

@@ -98,7 +98,8 @@ def fit_run(gguf: GGUFFile, machine: Machine, context: int = 0) -> Fit:
     """Ask it: the weights, the keys and values of the context, and what one batch computes.
 
     llama.cpp reserves logits for a whole batch, which outweighs the rest of its graph when attention is fused:
-    src/llama-context.cpp, `graph_reserve`.
+    src/llama-context.cpp, `graph_reserve`. The weights count once: where it keeps a copy of them in another order for
+    the processor, the file's own pages are what the system may drop.
     """
     tokens = gguf.metadata.get("tokenizer.ggml.tokens")
     vocabulary = len(tokens) if tokens is not None else 0
