@@ -79,9 +79,8 @@ def test_numbers_equal_those_of_llama_perplexity(name: str, models: Path) -> Non
     assert 100 * result["same_top"] == pytest.approx(expected["same_top"], abs=0.5)
 
 
-@pytest.mark.parametrize("name", ["base", "Q8_0", "Q4_K_M"])
-def test_log_probabilities_equal_the_engines(name: str, models: Path) -> None:
-    path = models / f"{name}.gguf"
+def engine_differences(path: Path) -> list[float]:
+    """|our log-probability - the engine's| of each token of a conversation."""
     with open_gguf(path) as gguf:
         tokenizer = build_tokenizer(gguf.metadata)
         ids = tokenizer.encode("<|user|>What colour is the glimbel?<|end|><|assistant|>The glimbel is green.<|end|>")
@@ -90,9 +89,22 @@ def test_log_probabilities_equal_the_engines(name: str, models: Path) -> None:
             ours = score(packed, [make_window(ids)]).log_probs.tolist()
     one = Sampling(max_tokens=1, temperature=0.0)
     with open_engine(path, n_threads=1) as engine:
-        for place in range(1, len(ids)):
-            (said,) = engine.generate(ids[:place], one, n_logprobs=engine.n_vocab).logprobs
-            assert ours[place - 1] == pytest.approx(said.top[ids[place]], abs=1e-2), place
+        said = [engine.generate(ids[:n], one, n_logprobs=engine.n_vocab).logprobs[0] for n in range(1, len(ids))]
+    return [abs(mine - its.top[token]) for mine, its, token in zip(ours, said, ids[1:], strict=True)]
+
+
+@pytest.mark.parametrize("name", ["base", "F16", "BF16"])
+def test_log_probabilities_equal_the_engines(name: str, models: Path) -> None:
+    path = models / "base.gguf" if name == "base" else write_quantized(models, name)
+    assert max(engine_differences(path)) < 1e-2
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K_M"])
+def test_of_quantized_models_log_probabilities_equal_the_engines_on_average(name: str, models: Path) -> None:
+    """The engine keeps keys and values in 16 bits, which moves what is rounded to 8 bits afterwards."""
+    differences = engine_differences(models / f"{name}.gguf")
+    assert sum(differences) / len(differences) < 1e-2
+    assert max(differences) < 0.1
 
 
 def test_the_document_has_what_scripts_read(models: Path) -> None:

@@ -31,7 +31,7 @@ from ollama_forge.tokenizer.decode import decode_tokens
 from ollama_forge.tokenizer.encode import GGUFTokenizer
 
 if TYPE_CHECKING:
-    from ollama_forge.train.scoring import Comparison, Divergence
+    from ollama_forge.train.comparison import Comparison, Divergence
 
 BUILT_IN = "the text of this package"
 PROMPT_CONTEXT = 4096

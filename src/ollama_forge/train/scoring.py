@@ -133,7 +133,7 @@ def compare(
     _require_scored(windows)
     reader = _Reader(this)
     captured = against if isinstance(against, Reference) else None
-    other = _Reader(captured.model if captured else against)
+    other = _Reader(against.model if isinstance(against, Reference) else against)
     if captured and captured.windows != tuple(windows):
         raise TrainingError(
             "The reference was computed on other windows", next="Compute it again for the windows that are compared."
@@ -178,7 +178,7 @@ class _Reader:
         self._inner = inner
         self._head: nn.Module = inner.get_output_embeddings()
         self._softcap: float = getattr(config, "final_logit_softcapping", None) or 0.0
-        self.n_vocab: int = self._head.out_features  # type: ignore[assignment]
+        self.n_vocab: int = self._head.out_features
 
     @torch.no_grad()
     def states(self, batch: Sequence[tuple[int, Window]]) -> tuple[torch.Tensor, torch.Tensor]:
