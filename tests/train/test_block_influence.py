@@ -131,23 +131,39 @@ def test_experts_are_judged_by_gate_times_output(tmp_path: Path) -> None:
     assert found is not None and np.allclose(found, sums / np.maximum(counts, 1), rtol=1e-3)
 
 
-def test_hidden_channels_are_judged_by_their_size_after_the_norms(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe"])
+def test_hidden_channels_are_judged_by_what_the_matrices_that_read_them_make_of_them(tmp_path: Path, name: str) -> None:
     path = tmp_path / "model.gguf"
-    write_gguf_of(dense_model("llama"), "llama", path, GGMLType.Q8_0)
-    packed, dense = load_packed(path), dequantized_reference("llama", path)
+    write_gguf_of(dense_model(name), name, path, GGMLType.Q8_0)
+    packed, dense = load_packed(path), dequantized_reference(name, path)
     found = measure_importance(packed, ROWS, ["hidden"]).hidden
-    total = np.zeros(dense.config.hidden_size)
-    norms = [n for layer in dense.model.layers for n in (layer.input_layernorm, layer.post_attention_layernorm)]
-
-    def add(_norm: torch.nn.Module, _inputs: object, out: torch.Tensor) -> None:
-        total[:] += out.abs().mean((0, 1)).numpy()
-
-    for norm in (*norms, dense.model.norm):
-        norm.register_forward_hook(add)
+    readers: dict[torch.nn.Module, list[torch.Tensor]] = {}
+    base = dense.base_model
+    for layer in base.h if name == "gpt2" else base.layers:
+        if name == "gpt2":
+            readers[layer.ln_1], readers[layer.ln_2] = [layer.attn.c_attn.weight.T], [layer.mlp.c_fc.weight.T]
+            continue
+        attention = layer.self_attn
+        readers[layer.input_layernorm] = [m.weight for m in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        if name == "llama":
+            readers[layer.post_attention_layernorm] = [layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]
+        else:
+            halves = layer.mlp.experts.gate_up_proj.chunk(2, dim=1)
+            readers[layer.post_attention_layernorm] = [half.reshape(-1, half.shape[-1]) for half in halves]
+    readers[base.ln_f if name == "gpt2" else base.norm] = [dense.lm_head.weight]
+    seen: dict[torch.nn.Module, list[torch.Tensor]] = {norm: [] for norm in readers}
+    for norm in readers:
+        norm.register_forward_hook(lambda norm, _inputs, out: seen[norm].append(out.reshape(-1, out.shape[-1])))
     with torch.no_grad():
         for row in ROWS:
-            dense.model(input_ids=torch.tensor([row]))
-    assert found is not None and np.allclose(found, total / len(ROWS), rtol=1e-3)
+            base(input_ids=torch.tensor([row]))
+        shares = [
+            torch.cat(seen[norm]).square().mean(0) * weight.square().sum(0)
+            for norm, weights in readers.items()
+            for weight in weights
+        ]
+    wanted = sum(share / share.sum() for share in shares).numpy()
+    assert found is not None and np.allclose(found, wanted, rtol=1e-3)
 
 
 def test_the_same_text_gives_the_same_numbers_and_leaves_no_hook(tmp_path: Path) -> None:

@@ -39,10 +39,10 @@ _BAR = 24
 )
 @click.option(
     "--by",
-    type=click.Choice(["distance", "influence"]),
-    default="distance",
+    type=click.Choice(["influence", "distance"]),
+    default="influence",
     show_default=True,
-    help="Choose layers: neighbouring ones over which the stream turns least, or each by its own influence.",
+    help="Choose layers: each by its own influence, or the neighbouring ones over which the stream turns least.",
 )
 @click.option(
     "--text",

@@ -3,7 +3,7 @@
 In: a packed model and rows of tokens. Out: an `Importance`, by which `transform.ranking` chooses what stays. Layers:
 the cosines between the residual stream before each layer and before every other; ShortGPT's block influence and
 Gromov's angular distance come from this table. Channels and heads: mean squared activations times the squared weights
-that read them. Hidden channels: sizes after the norms (Minitron). Experts: gate times size of the output (REAP).
+that read them; hidden channels too, each reading matrix counting alike. Experts: gate times size of the output (REAP).
 
 The first token of a row is left out where there are others: its stream is many times longer than the rest and turns
 little, whatever a layer does.
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ollama_forge.arch.rows import Role, TensorRow
+from ollama_forge.arch.rows import Role
 from ollama_forge.errors import TrainingError
 from ollama_forge.train.load import PackedModel
 from ollama_forge.train.packed import PackedExpert, PackedExperts, PackedLinear
@@ -172,11 +172,7 @@ class _Inputs(_Probe):
             self._handles.append(layer.register_forward_pre_hook(self._adding(number)))
 
     def _matrices(self) -> list[PackedLinear]:
-        return [_module(self.packed, row, layer) for row, layer in self._places()]
-
-    def _places(self) -> list[tuple[TensorRow, int]]:
-        row = next(row for row in self.packed.family.rows_with_role(self.role) if not row.is_bias)
-        return [(row, layer) for layer in range(self.n_layers)]
+        return [_modules(self.packed, self.role, layer)[0] for layer in range(self.n_layers)]
 
     def _adding(self, number: int) -> Callable[[nn.Module, Any], None]:
         def add(_layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -214,30 +210,48 @@ class _Heads(_Inputs):
 
 
 @dataclass(eq=False)
-class _Norms(_Probe):
-    """Sizes of the hidden channels as the layers read them."""
+class _Hidden(_Probe):
+    """What the matrices that read the residual stream make of each of its channels, every matrix counting alike."""
 
     packed: PackedModel
     n_layers: int
-    _sums: list[torch.Tensor] = field(default_factory=list)
-    _count: int = 0
+    _sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    _counts: dict[str, int] = field(default_factory=dict)
 
     def attach(self) -> None:
-        for role in (Role.ATTENTION_NORM, Role.FFN_NORM, Role.OUTPUT_NORM):
-            row = next(row for row in self.packed.family.rows_with_role(role) if not row.is_bias)
+        for path in self._readers():
+            norm = self.packed.model.get_submodule(path)
+            self._handles.append(norm.register_forward_hook(self._adding(path)))
+
+    def _readers(self) -> dict[str, list[list[PackedLinear]]]:
+        """Path of a norm -> the matrices that read what it gives; the experts of a layer are one matrix."""
+        found: dict[str, list[list[PackedLinear]]] = {}
+        for norm_role, roles in _READERS.items():
+            row = next(row for row in self.packed.family.rows_with_role(norm_role) if not row.is_bias)
             for layer in range(self.n_layers) if row.is_per_layer else (0,):
                 path = row.hf_name.format(layer=layer).rpartition(".")[0]
-                self._handles.append(self.packed.model.get_submodule(path).register_forward_hook(self._add))
+                matrices = [_modules(self.packed, role, layer) for role in roles]
+                found[path] = [group for group in matrices if group]
+        return found
 
-    def _add(self, _norm: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
-        flat = output.float().abs().reshape(-1, output.shape[-1])
-        total = flat.mean(0).double()
-        self._sums = [self._sums[0] + total] if self._sums else [total]
-        self._count += 1
+    def _adding(self, path: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        def add(_norm: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+            flat = output.float().reshape(-1, output.shape[-1])
+            total = flat.square().sum(0).double()
+            self._sums[path] = self._sums[path] + total if path in self._sums else total
+            self._counts[path] = self._counts.get(path, 0) + len(flat)
+
+        return add
 
     def result(self) -> np.ndarray:
-        per_pass = max(1, self._count // (2 * self.n_layers + 1))
-        return (self._sums[0] / per_pass).cpu().numpy()
+        total = torch.zeros(0)
+        for path, groups in self._readers().items():
+            mean = self._sums[path] / self._counts[path]
+            for group in groups:
+                shares = mean * torch.stack([_column_squares(layer) for layer in group]).sum(0).double()
+                shares = shares / shares.sum().clamp(min=1e-300)
+                total = total + shares if total.numel() else shares
+        return total.cpu().numpy()
 
 
 @dataclass(eq=False)
@@ -287,16 +301,31 @@ class _Experts(_Probe):
 _PROBES: dict[str, Callable[[PackedModel, int], Any]] = {
     "ffn": lambda packed, n_layers: _Channels(packed, n_layers, Role.FFN_DOWN),
     "kv_heads": lambda packed, n_layers: _Heads(packed, n_layers, Role.ATTENTION_OUTPUT),
-    "hidden": _Norms,
+    "hidden": _Hidden,
     "experts": _Experts,
 }
 
 
-def _module(packed: PackedModel, row: TensorRow, layer: int) -> PackedLinear:
-    path = row.hf_name.format(layer=layer).rpartition(".")[0]
-    module = packed.model.get_submodule(path)
-    assert isinstance(module, PackedLinear)
-    return module
+_READERS: dict[Role, tuple[Role, ...]] = {
+    Role.ATTENTION_NORM: (Role.ATTENTION_QUERY, Role.ATTENTION_KEY, Role.ATTENTION_VALUE, Role.ATTENTION_QKV),
+    Role.FFN_NORM: (Role.FFN_GATE, Role.FFN_UP, Role.FFN_GATE_UP, Role.EXPERT_GATE, Role.EXPERT_UP),
+    Role.OUTPUT_NORM: (Role.OUTPUT,),
+}
+"""Norm -> the matrices that read the residual stream through it."""
+
+
+def _modules(packed: PackedModel, role: Role, layer: int) -> list[PackedLinear]:
+    """The matrices of a role in a layer: none, one, or one for each expert; the tied head is the embedding's."""
+    if role is Role.OUTPUT:
+        head = packed.model.get_output_embeddings()
+        return [head] if isinstance(head, PackedLinear) else []
+    row = next((row for row in packed.family.rows_with_role(role) if not row.is_bias), None)
+    if row is None:
+        return []
+    path = row.hf_name.rpartition(".")[0]
+    n_experts = int(packed.model.config.num_experts) if row.is_per_expert else 1
+    found = [packed.model.get_submodule(path.format(layer=layer, expert=expert)) for expert in range(n_experts)]
+    return [module for module in found if isinstance(module, PackedLinear)]
 
 
 def _column_squares(layer: PackedLinear) -> torch.Tensor:

@@ -4,8 +4,8 @@ In: an `Importance` (measured by `train.block_influence`) and how much should st
 experts that stay. Pure and deterministic: equal numbers are decided by the lower index.
 
 Layers: the block influence of ShortGPT (https://arxiv.org/abs/2403.03853) and the angular distance over neighbouring
-layers of Gromov et al. (https://arxiv.org/abs/2403.17887). Channels and heads: after Minitron
-(https://arxiv.org/abs/2407.14679). Experts: REAP (https://arxiv.org/abs/2510.13999).
+layers of Gromov et al. (https://arxiv.org/abs/2403.17887). Channels and heads: by activations, as Minitron does
+(https://arxiv.org/abs/2407.14679), times the weights that they meet. Experts: REAP (https://arxiv.org/abs/2510.13999).
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ Reals = NDArray[np.float64]
 
 METHODS = ("distance", "influence")
 """How layers are chosen: neighbouring ones over which the residual stream turns least, or each by itself."""
-DEFAULT_METHOD = "distance"
+
+DEFAULT_METHOD = "influence"
+"""The better one on the learnt models of the tests, where the layers that matter least are not always neighbours."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +40,7 @@ class Importance:
         influence: [layers]; 1 - the mean cosine between what enters a layer and what leaves it.
         ffn: [layers, channels]; root mean square of a channel's share in what the feed-forward part writes.
         kv_heads: [layers, key-value heads]; the same for the heads that share one.
-        hidden: [channels]; mean size after the norms, summed over layers.
+        hidden: [channels]; share in what the matrices that read the stream make of it, summed over these matrices.
         experts: [layers, experts]; mean of gate * |output| over the tokens that an expert got.
     """
 
