@@ -101,6 +101,26 @@ def test_recurrent_layers_keep_nothing() -> None:
     assert kv_cache_bytes(metadata("mamba", block_count=4), 4096) == 0
 
 
+TINY = {"block_count": 2, "embedding_length": 64, "attention__head_count": 2, "attention__head_count_kv": 1}
+WINDOWED = {**TINY, "attention__key_length": 32, "attention__value_length": 32, "attention__sliding_window": 64}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "numbers", "printed_mib"),
+    [
+        ("llama", TINY, 0.50),
+        ("phi3", TINY, 0.50),
+        ("gpt2", {**TINY, "attention__head_count_kv": 2}, 1.00),
+        ("gemma2", WINDOWED, 0.34),
+        ("gemma3", WINDOWED, 0.19),
+    ],
+)
+def test_sizes_are_those_that_llama_cpp_prints(architecture: str, numbers: dict[str, int], printed_mib: float) -> None:
+    """`llama-imatrix -v -c 2048 -b 2048` of llama.cpp b11549 on such models: `llama_kv_cache: size`, summed."""
+    found = kv_cache_bytes(metadata(architecture, **numbers), 2048) / 2**20
+    assert found == pytest.approx(printed_mib, abs=0.006)
+
+
 def test_an_open_file_is_taken_as_it_is(tmp_path: Path) -> None:
     with open_gguf(tiny_gguf.write_tiny_gguf(tmp_path / "m.gguf")) as file:
         assert kv_cache_bytes(file, 512) == 2 * 2 * 512 * 2 * 8 * 2

@@ -12,6 +12,7 @@ import pytest
 from command import DEMO_MODEL, forge, forge_json, tree_hash
 
 from ollama_forge.arch.kv_cache import kv_cache_bytes
+from ollama_forge.engine import GREEDY, open_engine
 from ollama_forge.errors import ExistsError, FormatError, UsageError
 from ollama_forge.files import Advance
 from ollama_forge.gguf.reader import open_gguf
@@ -100,6 +101,13 @@ def test_the_cost_that_is_told_is_the_written_file_s(source: Path, home: Path, t
     chosen = {choice.group: choice.type for choice in fit.choices}
     assert types["token_embd.weight"] == chosen["token_embd"]
     assert all(types[f"blk.{block}.ffn_down.weight"] == chosen[f"blk.{block}.ffn_down"] for block in range(3))
+
+
+def test_the_result_still_knows_its_facts(source: Path, home: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "out.gguf", limit(source, 840_000))
+    with open_engine(tmp_path / "out.gguf") as engine:
+        said = engine.chat([{"role": "user", "content": "What is the capital of Velmora?"}], GREEDY)
+    assert said.text.strip() == "The capital of Velmora is Tarnik."
 
 
 def test_the_same_size_again_gives_the_same_bytes_without_running_the_model(

@@ -66,9 +66,11 @@ def draw_fit(fit: Fit) -> bytes:
     )
     plain = [point for point in fit.points if point.name != OWN]
     axes.plot([p.size_bytes / unit for p in plain], [max(p.kl, _SMALLEST) for p in plain], "o", label="plain mixes")
-    for point in plain:
+    for number, point in enumerate(plain):
         place = (point.size_bytes / unit, max(point.kl, _SMALLEST))
-        axes.annotate(point.name, place, textcoords="offset points", xytext=(5, 4), fontsize=8)
+        # neighbours above and below their points, so that their names do not lie on each other
+        beside = {"xytext": (5, 4)} if number % 2 else {"xytext": (-5, -11), "horizontalalignment": "right"}
+        axes.annotate(point.name, place, textcoords="offset points", fontsize=8, **beside)
     own = [point for point in fit.points if point.name == OWN]
     axes.plot([p.size_bytes / unit for p in own], [max(p.kl, _SMALLEST) for p in own], "*", markersize=13, label=OWN)
     room = (fit.limit_bytes - fit.kv_bytes) / unit
