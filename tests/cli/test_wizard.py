@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -149,6 +150,31 @@ def test_only_jobs_whose_command_is_there_are_offered() -> None:
         assert (forge(*job.words, "--help").code == 0) == (job.key in offered), job.key
 
 
+def test_a_model_with_an_adapter_is_to_be_merged_before_it_is_trained(store: Path, tmp_path: Path) -> None:
+    from ollama_forge.jobs.model_fits import fit_ref
+
+    adapter = tmp_path / "adapter"
+    write_lora(adapter)
+    forge_json("retrain", "--base", "base", "--adapter", adapter, "--name", "tuned", "--no-check", "--store", store)
+    plain, tuned = fit_ref("base", store), fit_ref("tuned", store)
+    assert "finetune" in plain.fits and "finetune" not in tuned.fits
+    assert "ollama-forge merge tuned" in tuned.why_not("finetune") and tuned.size_bytes > plain.size_bytes
+
+
+def write_lora(folder: Path) -> None:
+    """A LoRA of the demo model, in PEFT's form, of ones."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    width = json.loads((DEMO_MODEL / "config.json").read_text(encoding="utf-8"))["hidden_size"]
+    stem = "base_model.model.model.layers.0.self_attn.q_proj"
+    folder.mkdir()
+    pair = {"lora_A": np.full((2, width), 0.01, np.float32), "lora_B": np.full((width, 2), 0.01, np.float32)}
+    save_file({f"{stem}.{name}.weight": tensor for name, tensor in pair.items()}, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
 def test_every_offered_job_gives_a_command_that_its_own_dry_run_accepts(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +222,15 @@ class Terminal:
         self.wait_for(question)
         os.write(self.ours, text.encode())
 
+    def interrupt(self, words: str) -> None:
+        """Ctrl-C, again and again as a person would: one that comes just before Python waits for a key is lost."""
+        self.wait_for(words)
+        while "--answers" not in self.said and self.process.poll() is None:
+            with contextlib.suppress(OSError):
+                os.write(self.ours, b"\x03")
+            while self._read(timeout_seconds=5):  # it says the key back at once, and then works for a while
+                pass
+
     def wait_for(self, words: str) -> None:
         start = len(self.said)
         ends = time.monotonic() + 60
@@ -208,8 +243,8 @@ class Terminal:
         os.close(self.ours)
         return self.process.wait(60)
 
-    def _read(self) -> bool:
-        ready, _, _ = select.select([self.ours], [], [], 60)
+    def _read(self, timeout_seconds: float = 60) -> bool:
+        ready, _, _ = select.select([self.ours], [], [], timeout_seconds)
         try:
             chunk = os.read(self.ours, 65536) if ready else b""
         except OSError:
@@ -255,7 +290,7 @@ def test_ctrl_c_keeps_the_answers_and_says_how_to_go_on(store: Path, tmp_path: P
     terminal.answer("Which model?", "base\n")
     terminal.answer("Name of the result", "later\n")
     terminal.answer("What shall be done?", "customise\n")
-    terminal.answer("System prompt", "\x03")
+    terminal.interrupt("System prompt")
     assert terminal.end() == 130
     kept = tmp_path / "home" / "wizard-answers.yaml"
     assert f"ollama-forge wizard --answers {kept}" in terminal.said and "Traceback" not in terminal.said
@@ -273,7 +308,7 @@ def test_ctrl_c_while_it_works_keeps_the_answers_too(store: Path, tmp_path: Path
     terminal = Terminal("--answers", path, "--store", store, home=tmp_path / "home", folder=tmp_path)
     for question in ("Times through", "Tokens of an example", "Merge into"):
         terminal.answer(question, "\n")
-    terminal.answer("trained numbers", "\x03")
+    terminal.interrupt("trained numbers")
     assert terminal.end() == 130, terminal.said
     assert f"wizard --answers {tmp_path / 'home' / 'wizard-answers.yaml'}" in terminal.said
     assert "long:latest" not in [row["name"] for row in forge_json("list", "--store", store)]

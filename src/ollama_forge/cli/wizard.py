@@ -245,8 +245,8 @@ class Sitting:
         if self.may_ask and "job" not in self.given and self.fits is not None:
             for number, job in enumerate(jobs, 1):
                 fit = self.fits.fits.get(job.fit)
-                light = _light(fit.light) if fit else " "
-                needs = f"about {human_bytes(fit.needed_bytes)} of memory" if fit else "not possible for this family"
+                light = _light(fit.light) if fit else _light("unknown")
+                needs = f"about {human_bytes(fit.needed_bytes)} of memory" if fit else self.fits.why_not(job.fit)
                 self.console.say(f"  {number}  {light} {job.key:<11} {job.title}; {needs}")
         question = Question(_JOB.key, _JOB.text, Kind.CHOICE, None, choices=tuple(job.key for job in jobs))
         key = self.ask(question, is_listed=True)

@@ -71,7 +71,7 @@ QUANTS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K"
 JOBS = (
     WizardJob(
         "customise",
-        "customise it: another system prompt or other parameters (kilobytes, at once)",
+        "another system prompt or other parameters (kilobytes, at once)",
         ("create-from-base",),
         ("--base",),
         "run",
@@ -83,7 +83,7 @@ JOBS = (
     ),
     WizardJob(
         "quantize",
-        "quantize it: smaller and faster, a little less exact",
+        "smaller and faster, a little less exact",
         ("convert",),
         ("--gguf",),
         "quantize",
@@ -91,7 +91,7 @@ JOBS = (
     ),
     WizardJob(
         "finetune",
-        "fine-tune it: teach it something from examples",
+        "teach it something from examples",
         ("finetune",),
         ("--base",),
         "finetune",
@@ -104,7 +104,7 @@ JOBS = (
     ),
     WizardJob(
         "abliterate",
-        "abliterate it: take away a kind of refusal",
+        "take away a kind of refusal",
         ("abliterate", "run"),
         ("--model",),
         "abliterate",
@@ -115,7 +115,7 @@ JOBS = (
     ),
     WizardJob(
         "downsize",
-        "downsize it: fewer layers, healed by teaching it again",
+        "fewer layers, healed by teaching it again",
         ("downsize", "pipeline"),
         (),
         "downsize",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ollama_forge.errors import ForgeError
@@ -18,6 +18,7 @@ from ollama_forge.jobs.resolve import ResolvedModel, resolve
 from ollama_forge.source.hub_files import parse_repo
 from ollama_forge.source.ref import RefKind, parse_ref
 from ollama_forge.store.catalog import open_store
+from ollama_forge.store.installed import InstalledModel
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class ModelFits:
         fits: by job; empty where its header could not be read, and `problem` says why.
         suggestion: a name for what is made of it.
         is_gguf: it is one; else a folder, or a repo of the Hub that nobody has looked into.
+        has_adapter: it has adapter layers, so that it must be merged before it can be trained.
     """
 
     name: str
@@ -38,6 +40,13 @@ class ModelFits:
     problem: str = ""
     suggestion: str = ""
     is_gguf: bool = True
+    has_adapter: bool = False
+
+    def why_not(self, job: str) -> str:
+        """Why a job has no light, in words."""
+        if self.has_adapter and job == "finetune":
+            return f"only once its adapter is merged: ollama-forge merge {self.name} -o merged.gguf"
+        return "not for this family" if self.is_gguf else "not known before it is looked into"
 
     @property
     def is_quantized(self) -> bool:
@@ -59,8 +68,7 @@ def fits_of_store(store_path: Path | None, machine: Machine | None = None) -> li
             rows.append(ModelFits(name, 0, model.quantization, model.size_bytes, problem="runs in Ollama's cloud"))
             continue
         try:
-            context = dict(model.parameters).get("num_ctx", 0)
-            rows.append(_read(name, model.model_path, machine, int(context) if isinstance(context, int) else 0))
+            rows.append(_installed(model, machine))
         except ForgeError as error:
             rows.append(ModelFits(name, 0, model.quantization, model.size_bytes, problem=error.what))
     return rows
@@ -77,7 +85,21 @@ def fit_ref(text: str, store_path: Path | None, machine: Machine | None = None) 
     model = resolve(text, store_path)
     if model.gguf_path is None:
         return _folder(model)
-    return _read(text, model.gguf_path, machine or look_at_machine(), 0)
+    machine = machine or look_at_machine()
+    if model.installed is not None:
+        return replace(_installed(model.installed, machine), name=text, suggestion=_suggest(text))
+    return _read(text, model.gguf_path, machine, 0)
+
+
+def _installed(model: InstalledModel, machine: Machine) -> ModelFits:
+    """All of an Ollama model: its adapters' bytes too, and the context that it asks for."""
+    assert model.model_path is not None
+    context = dict(model.parameters).get("num_ctx", 0)
+    found = _read(model.name.display, model.model_path, machine, context if isinstance(context, int) else 0)
+    fits = dict(found.fits)
+    if model.adapters:
+        fits.pop("finetune", None)
+    return replace(found, size_bytes=model.size_bytes, fits=fits, has_adapter=bool(model.adapters))
 
 
 def _read(name: str, path: Path, machine: Machine, context: int) -> ModelFits:
