@@ -22,8 +22,8 @@ def measured_facts(measured: Measurement) -> dict[str, str]:
     return {
         "this": measured.this,
         "against": measured.against,
-        "text": f"{measured.source}: {numbers.tokens:,} tokens scored, {measured.windows:,} windows of at most "
-        f"{measured.context:,}",
+        "text": f"{measured.source}: {numbers.tokens:,} tokens scored in {measured.windows:,} windows of up to "
+        f"{measured.context:,}" + (f"; {measured.left_out:,} left out" if measured.left_out else ""),
         "perplexity": f"{numbers.perplexity_this.value:.4f} ± {numbers.perplexity_this.error:.4f} (against: "
         f"{numbers.perplexity_against.value:.4f} ± {numbers.perplexity_against.error:.4f})",
         "change": f"{100 * _growth(numbers.log_ratio.value):+.2f} % ± {100 * numbers.log_ratio.error:.2f} %",
