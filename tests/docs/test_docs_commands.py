@@ -37,6 +37,8 @@ PAGES = (
     "retrain.md",
     "registry.md",
     "troubleshooting.md",
+    "recipes.md",
+    "ci.md",
 )
 _BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _EXIT = re.compile(r"#.*exit code (\d)")
@@ -179,7 +181,7 @@ def test_every_option_on_a_page_exists(page: Path) -> None:
         while isinstance(command, click.Group) and words and not words[0].startswith("-"):
             command = command.get_command(context, words.pop(0))
             assert command is not None, f"{page.name}: {line}"
-            context = click.Context(command, parent=context)
+            context = click.Context(command, parent=context, **command.context_settings)
         if command is not None and not isinstance(command, click.Group):
             command.make_parser(context).parse_args([word for word in words if word != "..."])
 
