@@ -160,6 +160,9 @@ def test_adapters_are_recommended_by_what_they_say_of_their_base_and_the_best_is
     assert done["name"] == "tuned:latest" and done["repo"] == "org/good"
     assert len(open_store(store).find("tuned").adapters) == 1
     forge_json("hf-cache", "rm", "org/demo", "--yes")
+    assert forge_json(*apply, "--name", "twin")["repo"] == "org/good", "the base's own file says where it is from"
+    forge_json("import", DEMO_MODEL, "--name", "homemade", "--store", store)
+    apply = ("adapters", "recommend", "--base", "homemade", "--apply", "--store", store)
     unknown = forge(*apply, "--name", "again")
     assert unknown.code == 1 and "--base-repo" in unknown.err
     assert forge_json(*apply, "--name", "again", "--base-repo", "org/demo")["name"] == "again:latest"
