@@ -96,6 +96,21 @@ def test_on_an_empty_machine_it_ends_with_words_and_no_traceback(path: tuple[str
     assert ended.code in (0, 1) and "Traceback" not in ended.err and (ended.out or ended.err).strip()
 
 
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("quantize", "m.gguf", "-o", "x.gguf", "--type", "q4"), "Did you mean Q4_0 or Q4_1 or Q4_K_S or Q4_K_M?"),
+        (("quantize", "m.gguf", "-o", "x.gguf", "--type", "Q4KM"), "Q4_K_M"),
+        (("create-from-base", "--base", "m", "--name", "x", "--param", "temprature=1"), "Did you mean temperature?"),
+        (("quantze", "m.gguf"), "Did you mean quantize?"),
+        (("run",), 'ollama-forge run llama3.2 "Why is the sky blue?"'),
+    ],
+)
+def test_what_was_probably_meant_is_said(argv: tuple[str, ...], says: str, nowhere: Path) -> None:
+    ended = forge(*argv)
+    assert ended.code == 2 and says in ended.err
+
+
 MISSING_MODEL = (
     *(("show", "nowhere"), ("run", "nowhere", "Hello"), ("verify", "nowhere"), ("export", "nowhere", "-o", "x.gguf")),
     *(("quantize", "nowhere", "-o", "x.gguf", "--type", "Q8_0"), ("convert", "--gguf", "nowhere", "--name", "x")),

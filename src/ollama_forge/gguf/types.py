@@ -6,6 +6,7 @@ Facts: ggml/include/ggml.h, ggml/src/ggml-common.h, ggml/include/gguf.h and incl
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Sequence
 from enum import IntEnum
@@ -269,10 +270,12 @@ def parse_file_type(text: str) -> FileType:
     word = text.strip().upper()
     found = _FILE_TYPE_WORDS.get(word, _FILE_TYPE_ALIASES.get(word))
     if found is None:
+        begun = [name for name in _FILE_TYPE_WORDS if name.startswith(word)] if word else []
+        near = begun or difflib.get_close_matches(word, _FILE_TYPE_WORDS, n=3)
         raise UsageError(
             f"There is no file type {text!r}",
             why="Known file types: " + " ".join(name.lower() for name in _FILE_TYPE_WORDS) + ".",
-            next="Use one of them, for example --type q4_k_m.",
+            next=f"Did you mean {' or '.join(near)}?" if near else "Use one of them, for example Q4_K_M.",
         )
     return found
 

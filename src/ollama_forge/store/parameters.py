@@ -6,6 +6,7 @@ one value of a wrong type makes every request for the model fail.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Iterable
@@ -118,10 +119,11 @@ def find_parameter(name: str) -> Parameter:
         raise ModelfileError(
             f"PARAMETER {name} does nothing any more", why="Ollama ignores it.", next=f"Leave {name} out."
         )
+    near = difflib.get_close_matches(name, PARAMETERS, n=1)
     raise ModelfileError(
         f"There is no parameter {_shown(name)}",
         why="Known: " + ", ".join(sorted(PARAMETERS)),
-        next="Check its spelling.",
+        next=f"Did you mean {near[0]}?" if near else "Check its spelling.",
     )
 
 
