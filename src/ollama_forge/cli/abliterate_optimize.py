@@ -78,7 +78,7 @@ def command(
         raise UsageError("--name needs --pick", why="Somebody has to choose.", next="Add --pick best.")
     from ollama_forge.jobs.abliteration_optimize import OptimizeRequest, optimize_ablation
 
-    harmful, harmless = read_prompt_files(paths)
+    harmful, harmless = read_prompt_files(paths, whole=True)
     request = make_request(model, f"optimize-{Path(model).name}", paths, harmful, harmless, job, changes, verify=True)
     search = OptimizeRequest(replace(request, name=name), n_trials, timeout, job.seed, pick)
     with StepLine(console) as line:

@@ -80,7 +80,7 @@ def command(
         return
     from ollama_forge.jobs.abliteration_run import STAGES, run_abliteration
 
-    harmful, harmless = read_prompt_files(paths)
+    harmful, harmless = read_prompt_files(paths, whole=True)
     request = make_request(model or "", name, paths, harmful, harmless, job, changes, verify=not no_verify)
     with StepLine(console) as line:
         result = run_abliteration(request, options, chosen or STAGES, on_step=line)

@@ -34,7 +34,7 @@ def prompt_options(function: Command) -> Command:
         click.option("--harmful-dir", multiple=True, type=path, help="All .txt and .jsonl files of a folder."),
         click.option("--harmless-dir", multiple=True, type=path, help="All .txt and .jsonl files of a folder."),
         click.option(
-            "--num-prompts", type=click.IntRange(2), metavar="N", help="Take the first N of each list (default: all)."
+            "--num-prompts", type=click.IntRange(2), metavar="N", help="Ask the first N of each list (default: all)."
         ),
     ]
 
@@ -56,8 +56,13 @@ def prompt_options(function: Command) -> Command:
     return wrapper
 
 
-def read_prompt_files(paths: PromptPaths, *, needs_harmless: bool = True) -> tuple[list[str], list[str]]:
+def read_prompt_files(
+    paths: PromptPaths, *, needs_harmless: bool = True, whole: bool = False
+) -> tuple[list[str], list[str]]:
     """(harmful, harmless) prompts.
+
+    Args:
+        whole: all of them, however many are wanted for the judgement.
 
     Raises:
         UsageError: a list is missing.
@@ -81,7 +86,8 @@ def read_prompt_files(paths: PromptPaths, *, needs_harmless: bool = True) -> tup
             why="A prompt is either one that the model refuses, or one that it answers.",
             next="Take them out of one of the files.",
         )
-    return harmful[: paths.n_prompts], harmless[: paths.n_prompts]
+    count = None if whole else paths.n_prompts
+    return harmful[:count], harmless[:count]
 
 
 class StepLine:
