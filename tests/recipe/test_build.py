@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from command import DEMO_MODEL, forge, forge_json, tree_hash
 from kill import kill_forks
+from loopback_ollama import LoopbackOllama
 from tiny_adapters import build_adapter
 
 from ollama_forge.store.catalog import open_store
@@ -212,3 +213,38 @@ def test_killed_anywhere_a_build_goes_on_where_it_was(place: Path, tmp_path: Pat
         assert open_store(root / "store").find("m").digest == open_store(whole / "store").find("m").digest
         assert verify_store(open_store(root / "store")).is_whole
         assert (root / "recipe.lock").read_bytes() == (whole / "recipe.lock").read_bytes()
+
+
+def test_every_landing_command_can_write_its_modelfile(place: Path, tmp_path: Path) -> None:
+    recipe = write(place, "name: m\nbase: base\nsystem: Hi.\n")
+    forge_json("build", recipe, "--store", place / "store", "--out-modelfile", tmp_path / "one")
+    words = ("--base", "base", "--name", "n", "--system", "Ho.", "--store", place / "store", "--no-check")
+    forge_json("create-from-base", *words, "--out-modelfile", tmp_path / "two")
+    assert "Hi." in (tmp_path / "one").read_text() and "Ho." in (tmp_path / "two").read_text()
+    assert (tmp_path / "one").read_text().startswith("FROM ")
+    taken = forge("create-from-base", *words, "--out-modelfile", tmp_path / "two", "--json")
+    assert taken.code == 1 and taken.document["error"]["kind"] == "exists"
+
+
+def test_a_template_may_come_from_another_model(place: Path) -> None:
+    words = ("--base", "base", "--name", "other", "--template", "Q: {{ .Prompt }}", "--store", place / "store")
+    forge_json("create-from-base", *words, "--no-check")
+    done = forge_json("build", write(place, "name: m\nbase: base\ntemplate_from: other\n"), "--store", place / "store")
+    assert done["landed"] and forge_json("show", "m", "--store", place / "store")["template"] == "Q: {{ .Prompt }}"
+    ended = forge("build", write(place, "name: x\nbase: base\ntemplate_from: base\n"), "--store", place / "store")
+    assert ended.code == 2 and "has no Ollama template" in ended.err
+
+
+def test_a_recipe_is_built_in_a_running_server(place: Path, tmp_path: Path) -> None:
+    with LoopbackOllama(tmp_path / "served") as server:
+        there = ("--host", server.url, "--no-check", "--store", place / "store")
+        recipe = write(place, "name: far\nbase: base\nsystem: Hi.\nsteps: [{merge: lora}]\n")
+        done = forge_json("build", recipe, *there)
+        assert done["landed"]["store"] == server.url and not (place / "store" / "manifests" / "far").exists()
+        chat = write(place, "name: far-chat\nbase: far\nsystem: Be brief.\n")
+        assert forge_json("build", chat, *there)["landed"]["written_bytes"] < 10_000
+        refused = forge("build", write(place, "name: x\nbase: far\nquantize: Q4_0\n"), *there, "--json")
+        assert refused.code == 1 and "are in the server" in refused.document["error"]["what"]
+        shared = forge_json("build", write(place, "name: y\nbase: base\nsystem: Ho.\n"), *there)
+        assert shared["landed"]["store"] == server.url
+    assert {row["name"] for row in forge_json("list", "--store", place / "store")} == {"base:latest"}

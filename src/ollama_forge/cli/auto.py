@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 @click.option("--repeat-penalty", metavar="X", help="A parameter of the model.")
 @click.option("--check/--no-check", default=True, help="Run the model before it gets its name (default: yes).")
 @click.option("--host", metavar="URL", help="Land in this running Ollama through its API, not in a store.")
+@click.option("--out-modelfile", metavar="FILE", help="Write the model's Modelfile there, too.")
 @click.option("--plan", "is_plan", is_flag=True, help="The same as --dry-run.")
 @click.option("--no-prompt", is_flag=True, hidden=True)
 @store_option
@@ -46,6 +47,7 @@ def command(
     source: str,
     check: bool,
     host: str | None,
+    out_modelfile: str | None,
     is_plan: bool,
     no_prompt: bool,
     store_path: Path | None,
@@ -66,6 +68,7 @@ def command(
     words = _words_for(found, wishes)
     words += [] if check else ["--no-check"]
     words += ["--host", host] if host else []
+    words += ["--out-modelfile", out_modelfile] if out_modelfile else []
     words += ["--store", str(store_path)] if store_path else []
     words += ["--force"] if force else []
     words += ["--dry-run"] if dry_run or is_plan else []

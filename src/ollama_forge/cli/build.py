@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ollama_forge.cli.console import Console, human_bytes
-from ollama_forge.cli.landing import landing_options, show_landed
+from ollama_forge.cli.landing import landing_options, note_landed, show_landed
 from ollama_forge.cli.options import parse_assignments
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def command(
     line = ProgressLine(console)
     done = build_recipe(read, options, locked=locked, say=console.say, watch=line)
     line.end()
+    note_landed(done.landed.name if done.landed else read.name)
     for warning in dict.fromkeys((*done.warnings, *(done.landed.warnings if done.landed else ()))):
         console.warn(warning)
     console.result(done.document(), lambda: _show(console, done))

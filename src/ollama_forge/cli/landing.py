@@ -10,9 +10,10 @@ import click
 
 from ollama_forge.cli.console import Console, human_bytes
 from ollama_forge.cli.options import Command, console_options, store_option, write_options
+from ollama_forge.errors import UsageError
 
 if TYPE_CHECKING:
-    from ollama_forge.jobs.landing import LandedModel
+    from ollama_forge.jobs.landing import LandedModel, LandOptions
 
 
 def landing_options(function: Command) -> Command:
@@ -20,6 +21,12 @@ def landing_options(function: Command) -> Command:
 
     @click.option("--check/--no-check", default=True, help="Run the model before it gets its name (default: yes).")
     @click.option("--host", metavar="URL", help="Land in this running Ollama through its API, not in a store.")
+    @click.option(
+        "--out-modelfile",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Write the model's Modelfile there, too.",
+    )
     @store_option
     @write_options
     @console_options
@@ -28,6 +35,7 @@ def landing_options(function: Command) -> Command:
         *args: Any,
         check: bool,
         host: str | None,
+        out_modelfile: Path | None,
         store_path: Path | None,
         force: bool,
         dry_run: bool,
@@ -45,13 +53,52 @@ def landing_options(function: Command) -> Command:
             progress=console.progress,
             server=find_remote_server(host, store_path),
         )
-        return function(*args, options=options, console=console, **kwargs)
+        if out_modelfile is not None:
+            _require_modelfile_place(out_modelfile, options)
+        result = function(*args, options=options, console=console, **kwargs)
+        if out_modelfile is not None and not dry_run:
+            _write_modelfile(out_modelfile, kwargs.get("name"), options)
+            console.done(f"Wrote {out_modelfile}")
+        return result
 
     return wrapper
 
 
+def _require_modelfile_place(path: Path, options: LandOptions) -> None:
+    from ollama_forge.files import refuse_existing
+
+    if options.server is not None:
+        raise UsageError(
+            "--out-modelfile reads the finished model, and a server keeps it",
+            next="Leave it out, then: ollama show --modelfile NAME",
+        )
+    refuse_existing(path, overwrite=options.overwrite)
+
+
+def _write_modelfile(path: Path, name: str | None, options: LandOptions) -> None:
+    """The Modelfile of what was landed: under the name that was reported, else under the one that was asked for."""
+    from ollama_forge.files import write_bytes
+    from ollama_forge.store.catalog import open_store
+    from ollama_forge.store.modelfile import render_modelfile
+
+    landed = click.get_current_context().meta.get(_LANDED_NAME) or name
+    if landed is None:
+        raise UsageError("--out-modelfile is for what lands in Ollama, and nothing did", next="Add --name NAME.")
+    modelfile = open_store(options.store_path).find(landed).modelfile()
+    write_bytes(path, render_modelfile(modelfile).encode(), overwrite=options.overwrite)
+
+
+_LANDED_NAME = "ollama_forge.landed_name"
+
+
+def note_landed(name: str) -> None:
+    """Remember what was landed, for the options that every landing command has."""
+    click.get_current_context().meta[_LANDED_NAME] = name
+
+
 def report_landed(console: Console, landed: LandedModel, extra: dict[str, Any] | None = None) -> None:
     """Print the result of a landing: JSON, or the lines for people."""
+    note_landed(landed.name)
     for warning in landed.warnings:
         console.warn(warning)
     console.result({**landed.document(), **(extra or {})}, lambda: show_landed(console, landed))

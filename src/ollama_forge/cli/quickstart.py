@@ -32,6 +32,7 @@ TASKS = ("chat", "coding", "creative")
 @click.option("--repeat-penalty", metavar="X", help="Instead of the profile's.")
 @click.option("--check/--no-check", default=True, help="Run the model before it gets its name (default: yes).")
 @click.option("--host", metavar="URL", help="Land in this running Ollama through its API, not in a store.")
+@click.option("--out-modelfile", metavar="FILE", help="Write the model's Modelfile there, too.")
 @click.option("--plan", "is_plan", is_flag=True, help="The same as --dry-run.")
 @click.option("--non-interactive", is_flag=True, hidden=True)
 @store_option
@@ -51,6 +52,7 @@ def command(
     repeat_penalty: str | None,
     check: bool,
     host: str | None,
+    out_modelfile: str | None,
     is_plan: bool,
     non_interactive: bool,
     store_path: Path | None,
@@ -76,6 +78,7 @@ def command(
         words += [f"--{key.replace('_', '-')}", text]
     words += [] if check else ["--no-check"]
     words += ["--host", host] if host else []
+    words += ["--out-modelfile", out_modelfile] if out_modelfile else []
     words += ["--store", str(store_path)] if store_path else []
     words += ["--force"] if force else []
     words += ["--dry-run"] if dry_run or is_plan else []

@@ -15,7 +15,7 @@ from typing import Any
 from ollama_forge.errors import InterruptedRunError, RecipeError
 from ollama_forge.files import hash_file
 from ollama_forge.jobs.conversion import convert_options
-from ollama_forge.jobs.landing import LandedModel, LandOptions, import_folder, land_gguf, land_installed
+from ollama_forge.jobs.landing import LandedModel, LandOptions, import_folder, land_gguf, land_installed, land_named
 from ollama_forge.jobs.lineage import Ingredient, ingredient_of, working
 from ollama_forge.jobs.merging import inherited
 from ollama_forge.jobs.resolve import ResolvedModel
@@ -128,9 +128,7 @@ def build_recipe(
     """
     started = time.monotonic()
     lock = read_lock(recipe.path) if locked else None
-    plan = plan_build(
-        recipe, options.store_path, lock=lock, progress=options.progress, is_remote=options.server is not None
-    )
+    plan = plan_build(recipe, options.store_path, lock=lock, progress=options.progress, server=options.server)
     document = lock_document(plan, {})
     if lock is not None:
         refuse_drift(lock, document)
@@ -161,7 +159,6 @@ def _build(
 ) -> Build:
     recipe = plan.recipe
     source = plan.source.fetch()
-    assert source.local is not None
     plan.fingerprints.save()
     state, results, built = StepResult(), dict[int, StepResult](), list[BuiltStep]()
     warnings = list(plan.source.warnings)
@@ -176,6 +173,7 @@ def _build(
             continue
         say(f"{index + 1}. {step.kind}")
         begun = time.monotonic()
+        assert source.local is not None
         bench = Workbench(
             source.local, state, recipe.folder, step.adapters, options.store_path, options.progress, watch
         )
@@ -308,13 +306,15 @@ def _ingredients(plan: BuildPlan) -> Iterator[Ingredient]:
 
 
 def _land(
-    source: ResolvedModel, state: StepResult, plan: BuildPlan, options: LandOptions, projector: Path | None
+    source: ResolvedModel | None, state: StepResult, plan: BuildPlan, options: LandOptions, projector: Path | None
 ) -> LandedModel:
     name = plan.recipe.name
     changes = plan.changes
+    if source is None:
+        return land_named(plan.recipe.source.ref, name, changes, options)
     if state.template is not None and changes.template is None:
         changes = replace(changes, template=state.template)
-    if state.weights is None and source.installed is not None:
+    if state.weights is None and source.installed is not None and options.server is None:
         return land_installed(source.installed, name, changes, options, adapters=state.adapters)
     model = current_model(source, state)
     wanted = inherited(model, changes) if source.installed is not None else changes

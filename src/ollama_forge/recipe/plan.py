@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ollama_forge.dataset.read import find_data_files
+from ollama_forge.errors import RecipeError
 from ollama_forge.files import Progress, no_progress
 from ollama_forge.jobs.resolve import resolve
 from ollama_forge.recipe.inputs import AdapterInput, Fingerprints, find_adapter_input, hash_of
@@ -27,6 +28,7 @@ from ollama_forge.recipe.work import StepResult, WorkFolder, open_work_folder
 from ollama_forge.source.ref import looks_like_path
 from ollama_forge.store.catalog import open_store
 from ollama_forge.store.modelfile import Modelfile, render_modelfile
+from ollama_forge.store.server import OllamaServer
 
 _ENGINE = 1  # raise it when a step comes to mean something else
 _TRAINING = ("ollama-forge", "xllamacpp", "torch", "transformers", "peft", "trl")
@@ -105,21 +107,28 @@ def plan_build(
     *,
     lock: Lock | None = None,
     progress: Progress = no_progress,
-    is_remote: bool = False,
+    server: OllamaServer | None = None,
 ) -> BuildPlan:
     """Look at everything that a recipe names, and at what is done already.
 
     Args:
         lock: take the commits that it names, and believe no remembered hash.
-        is_remote: the model is landed through a server, whose store cannot be looked into.
+        server: the model is landed through it; its store cannot be looked into.
 
     Raises:
         NotFoundError, HubError, UsageError: something that the recipe names is not there.
     """
     work = open_work_folder()
     fingerprints = Fingerprints(work.memo_path, trusts_memo=lock is None, progress=progress)
-    source = find_source(recipe.source, fingerprints, store_path, commit=lock.source_commit if lock else "")
+    commit = lock.source_commit if lock else ""
+    source = find_source(recipe.source, fingerprints, store_path, commit=commit, server=server)
     parts = _with_quant(recipe.steps, source)
+    if source.is_served and parts:
+        raise RecipeError(
+            f"The weights of {source.source.text!r} are in the server, and the recipe has steps that change weights",
+            why="A server gives no weights away.",
+            next="Build where the weights are, without --host; or leave the steps out.",
+        )
     steps: list[PlannedStep] = []
     key = hash_of([_ENGINE, source.key])
     for number, step in enumerate(parts):
@@ -131,7 +140,7 @@ def plan_build(
         steps.append(PlannedStep(number, step, key, inputs, adapters, work.read_step(kind, key)))
     changes = combined_wishes(recipe.folder, recipe.wishes, store_path)
     whole = hash_of([key, recipe.source.outtype, modelfile_text(changes)])
-    landed = None if is_remote else _find_landed(work, recipe, whole, store_path)
+    landed = None if server is not None else _find_landed(work, recipe, whole, store_path)
     return BuildPlan(recipe, source, tuple(steps), changes, whole, work, fingerprints, landed)
 
 

@@ -20,6 +20,8 @@ from ollama_forge.recipe.read import Source
 from ollama_forge.source.gguf_names import list_choices, pick_gguf
 from ollama_forge.source.hub import fetch_files, list_repo, missing_bytes
 from ollama_forge.source.hub_files import HubFile, RepoListing, choose_model_files
+from ollama_forge.source.ref import RefKind, parse_ref
+from ollama_forge.store.server import OllamaServer
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class FoundSource:
         local: the model, where it lies on this disk already.
         quantize: what safetensors are quantized to because the recipe's `quant` says so.
         said: how it was chosen, in words.
+        is_served: the weights are in the server that the model is made in, and stay there.
     """
 
     source: Source
@@ -46,6 +49,7 @@ class FoundSource:
     quantize: str | None = None
     said: str = ""
     warnings: tuple[str, ...] = ()
+    is_served: bool = False
     _fetch: Callable[[], tuple[ResolvedModel, Path | None]] | None = field(default=None, repr=False)
 
     def fetch(self) -> FoundSource:
@@ -61,12 +65,18 @@ class FoundSource:
 
 
 def find_source(
-    source: Source, fingerprints: Fingerprints, store_path: Path | None, *, commit: str = ""
+    source: Source,
+    fingerprints: Fingerprints,
+    store_path: Path | None,
+    *,
+    commit: str = "",
+    server: OllamaServer | None = None,
 ) -> FoundSource:
     """Find a recipe's source.
 
     Args:
         commit: take a repo at this commit, whatever its branches say by now.
+        server: where the model will be made; a base of that name there comes before one of this disk.
 
     Raises:
         NotFoundError: it is not there.
@@ -74,9 +84,12 @@ def find_source(
     """
     if source.repo is not None:
         return _find_on_hub(source, commit)
+    if server is not None and parse_ref(source.ref).kind is RefKind.OLLAMA and server.has(source.ref):
+        facts: dict[str, Any] = {"kind": source.kind, "ref": source.text, "server": server.address.url}
+        return FoundSource(source, hash_of(facts), facts, 0, is_served=True)
     model = resolve(source.ref, store_path)
     if model.installed is not None:
-        facts: dict[str, Any] = {"kind": source.kind, "ref": source.text, "digest": f"sha256:{model.installed.digest}"}
+        facts = {"kind": source.kind, "ref": source.text, "digest": f"sha256:{model.installed.digest}"}
         return FoundSource(source, hash_of(facts["digest"]), facts, _size_of(model), local=model)
     path = model.folder or model.gguf_path
     assert path is not None
