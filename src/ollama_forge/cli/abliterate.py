@@ -24,7 +24,9 @@ class AbliterateGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in SUBCOMMANDS:
-            return None
+            from ollama_forge.cli.abliterate_retired import RETIRED, make_retired
+
+            return make_retired(cmd_name) if cmd_name in RETIRED else None
         module = importlib.import_module(f"ollama_forge.cli.{SUBCOMMANDS[cmd_name][0]}")
         command: click.Command = module.command
         return command

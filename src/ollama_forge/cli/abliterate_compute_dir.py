@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from ollama_forge.jobs.abliteration import ComputedDirections
 
 
-class _JoinsFractions(click.Command):
-    """Takes all numbers behind `--layer-fracs`: `0.4 0.5 0.6` means the same as `0.4,0.5,0.6`."""
+class JoinsFractions(click.Command):
+    """A command that takes all numbers behind `--layer-fracs`: `0.4 0.5 0.6` means the same as `0.4,0.5,0.6`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         joined: list[str] = []
@@ -33,7 +33,7 @@ class _JoinsFractions(click.Command):
 
 @click.command(
     "compute-dir",
-    cls=_JoinsFractions,
+    cls=JoinsFractions,
     epilog="Example: ollama-forge abliterate compute-dir --model llama3.2 --harmful refused.txt "
     "--harmless answered.txt -o direction.safetensors",
 )

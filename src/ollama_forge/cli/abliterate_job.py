@@ -57,7 +57,7 @@ def job_options(function: Command) -> Command:
     declared = [
         click.option("--output-dir", "--workdir", "folder", type=file, help="Stages are kept here (abliterate-NAME)."),
         click.option("--directions", "--refusal-pt", "directions", type=file, help="Directions that are there."),
-        click.option("--layer-fracs", "fractions", multiple=True, metavar="F,F,...", help="Layers to try, as shares."),
+        click.option("--layer-fracs", "fractions", multiple=True, metavar="F F ...", help="Layers to try, as shares."),
         click.option(
             "--num-instructions", "n_instructions", type=click.IntRange(2), default=128, show_default=True,
             help="Prompts of each list for the directions, at most.",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ollama_forge.cli.abliterate_compute_dir import JoinsFractions
 from ollama_forge.cli.abliterate_job import job_options, make_request
 from ollama_forge.cli.abliterate_run import show_result
 from ollama_forge.cli.config_file import config_option
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 @click.command(
     "optimize",
+    cls=JoinsFractions,
     epilog="Examples: ollama-forge abliterate optimize --model llama3.2 --harmful harmful.txt --harmless harmless.txt"
     "   |   the same with --pick best --name my-model",
 )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ollama_forge.cli.abliterate_compute_dir import JoinsFractions
 from ollama_forge.cli.abliterate_job import job_options, make_request, show_evaluation, show_layers
 from ollama_forge.cli.config_file import config_option
 from ollama_forge.cli.console import Console, human_bytes
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 @click.command(
     "run",
+    cls=JoinsFractions,
     epilog="Example: ollama-forge abliterate run --model llama3.2 --name my-model --harmful harmful.txt "
     "--harmless harmless.txt",
 )

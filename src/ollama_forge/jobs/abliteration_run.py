@@ -167,6 +167,7 @@ def finish(work: AbliterationWork, result: AbliterationResult, **facts: Any) -> 
         CheckError: the edit did nothing or broke the model, and that was not accepted.
     """
     assert result.edited is not None and result.choice is not None
+    applied = result.choice.options
     request, edited = work.request, result.edited
     work.warnings += edited.notes
     evaluation = None
@@ -177,7 +178,7 @@ def finish(work: AbliterationWork, result: AbliterationResult, **facts: Any) -> 
         work.warnings.append("Nobody has asked the result anything: it may refuse as before, or be broken.")
     if request.name is not None:
         scores = evaluation["scores"] if evaluation else {}
-        landed = land_result(work, edited, result.choice.options, scores, **facts)
+        landed = land_result(work, edited, applied, scores, **facts)
         work.warnings += landed.warnings
         result = replace(result, landed=landed, undo=(f"ollama rm {landed.name}", *result.undo))
     return replace(result, warnings=tuple(dict.fromkeys(work.warnings)))
@@ -203,7 +204,7 @@ def choose(work: AbliterationWork) -> Choice:
 
 
 def _try_layers(work: AbliterationWork, bench: AblationBench, layers: Sequence[int]) -> list[Candidate]:
-    tried = []
+    tried: list[Candidate] = []
     for layer in layers:
         work.tell("trying layers", len(tried), len(layers))
         tried.append(Candidate(layer, bench.measure(replace(work.request.ablation, layer=float(layer)))))
