@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from command import DEMO_MODEL, forge, forge_json
 from measure_sources import CONTEXT, GOLDEN, TYPES, golden_text, write_base, write_quantized
+from packed_sources import dense_model, write_gguf_of
 from tiny_adapters import build_adapter
 from tiny_models import build_model
 
@@ -14,6 +15,7 @@ from ollama_forge.dataset.windows import make_window
 from ollama_forge.engine import Sampling, open_engine
 from ollama_forge.errors import MissingExtraError
 from ollama_forge.gguf.reader import open_gguf
+from ollama_forge.gguf.types import GGMLType
 from ollama_forge.jobs import measure_models
 from ollama_forge.jobs.measure import built_in_text
 from ollama_forge.tokenizer.encode import build_tokenizer
@@ -240,6 +242,25 @@ def test_a_ref_that_means_nothing_is_told_in_words(
     ended = forge("measure", filled, "--against", models / "base.gguf", "--store", tmp_path, "--json")
     assert ended.code in (1, 2)
     assert words in ended.document["error"]["what"]
+
+
+def test_a_model_without_a_tokenizer_cannot_be_given_a_text(tmp_path: Path) -> None:
+    path = tmp_path / "bare.gguf"
+    write_gguf_of(dense_model("llama"), "llama", path, GGMLType.F16)
+    ended = forge("measure", path, "--against", path, "--json")
+    assert ended.code == 1
+    assert "tokenizer" in ended.document["error"]["what"]
+    assert ended.document["error"]["next"]
+
+
+def test_an_adapter_alone_is_no_model(models: Path, adapter: Path, tmp_path: Path) -> None:
+    base = models / "base.gguf"
+    forge_json("adapters", "convert", adapter, "--base", base, "-o", tmp_path / "lora.gguf")
+    ended = forge("measure", tmp_path / "lora.gguf", "--against", base, "--json")
+    assert ended.code == 1
+    assert "no model that continues a text" in ended.document["error"]["what"]
+    as_file = forge_json("measure", f"{base}+{tmp_path / 'lora.gguf'}", "--against", f"{base}+{adapter}", "--exact")
+    assert as_file["kl_divergence"]["max"] < 1e-6
 
 
 def test_a_path_with_a_plus_in_its_name_is_a_path(models: Path, tmp_path: Path) -> None:

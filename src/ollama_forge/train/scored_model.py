@@ -24,6 +24,7 @@ from ollama_forge.train.scoring import N_WORST, Comparison, compare
 from ollama_forge.transform.lora import WeightedAdapter
 
 SMALL_MODEL_BYTES = 16 << 20
+_WORKSPACE_BYTES = 64 << 20  # forward alone asks for nothing twice, so a model needs room for the piece under way only
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def _made_ready(gguf: GGUFFile, adapters: Sequence[WeightedAdapter], options: Sc
         raise UsageError("There is no CUDA device here", next="Leave --device out, or use --device cpu.")
     with contextlib.ExitStack() as undo:
         undo.enter_context(_quiet())
-        packed = load_packed(gguf)
+        packed = load_packed(gguf, workspace_bytes=_WORKSPACE_BYTES)
         if has_cuda and options.device != "cpu":
             packed.model.to("cuda")  # type: ignore[arg-type]
         undo.enter_context(attached(packed, adapters))
