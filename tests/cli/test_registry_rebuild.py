@@ -138,3 +138,24 @@ def test_a_folder_that_changed_is_noticed_before_any_work(models: Path, tmp_path
     with (source / "config.json").open("a") as stream:
         stream.write("\n")
     assert "another one" in forge("registry", "rebuild", "own", "--json").document["error"]["what"]
+
+
+def test_an_ollama_model_made_smaller_keeps_what_it_says_and_is_made_again(models: Path) -> None:
+    forge_json("import", DEMO_MODEL, "--name", "full", "--quant", "none", "--system", "Be brief.", "--no-check")
+    landed = forge_json("quantize", "full", "--name", "small", "--type", "Q8_0")
+    assert landed["check"]["template"] == "equal" and landed["types"]["Q8_0"] > 0
+    small, full = Store(models).find("small"), Store(models).find("full")
+    assert small.system == full.system == "Be brief." and small.size_bytes < full.size_bytes
+    origin = forge_json("registry", "lineage", "small")
+    assert (origin["landing"]["step"], origin["parents"][0]["names"]) == ("quantize", ["full:latest"])
+    assert forge_json("registry", "rebuild", "small")["same"] is True
+
+
+def test_a_quantized_file_can_be_landed_too(models: Path, tmp_path: Path) -> None:
+    forge_json("import", DEMO_MODEL, "--name", "full", "--quant", "none", "--no-check")
+    output = tmp_path / "small.gguf"
+    words = ("quantize", "full", "-o", output, "--name", "small", "--type", "Q4_0", "--no-check")
+    assert forge_json(*words)["landed"]["name"] == "small:latest"
+    assert output.exists() and Store(models).find("small").model_path is not None
+    assert forge("quantize", "full", "--type", "Q4_0").code == 2
+    assert "-o" in forge("quantize", "full", "--name", "x", "--fit", "1GB").err

@@ -23,15 +23,24 @@ if TYPE_CHECKING:
 
 
 def measure_quantized(
-    output: Path, source: str, request: MeasureRequest, *, store_path: Path | None, progress: Progress = no_progress
+    output: Path | str,
+    source: str,
+    request: MeasureRequest,
+    *,
+    store_path: Path | None,
+    progress: Progress = no_progress,
 ) -> Measurement:
-    """A quantized file beside what it was made from.
+    """A quantized model beside what it was made from.
+
+    Args:
+        output: the file, or the name of the model in Ollama.
 
     Raises:
         As `measure.measure`.
     """
+    this = _file(output) if isinstance(output, Path) else resolve_measured(output, store_path)
     against = resolve_measured(source, store_path)
-    return measure(_file(output), replace(against, adapters=()), request, progress=progress)
+    return measure(replace(this, adapters=()), replace(against, adapters=()), request, progress=progress)
 
 
 def measure_merged(

@@ -22,6 +22,7 @@ from ollama_forge.jobs.finetune_setup import FinetuneRequest
 from ollama_forge.jobs.hub_local import fetch_adapter_files, fetch_file, fetch_model_path
 from ollama_forge.jobs.landing import LandedModel, LandOptions, import_folder, land_gguf, land_installed
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, merge_and_land
+from ollama_forge.jobs.quantizing import quantize_and_land
 from ollama_forge.jobs.resolve import resolve
 from ollama_forge.registry.document import Landing, Parent
 from ollama_forge.source.hub_files import RepoName
@@ -50,13 +51,16 @@ def repeat_step(landing: Landing, source: InstalledModel | Path, options: LandOp
     adapters, matrix = _paths(landing, "adapter"), next(iter(_paths(landing, "imatrix")), None)
     if landing.step == "merge":
         return _merge(landing, source, adapters, matrix, changes, options)
+    wanted = landing.parameters.get("quantization")
+    quantize = None if wanted is None else _quantize_options(wanted, matrix)
+    if quantize is not None and isinstance(source, InstalledModel):
+        base = resolve(_ref(source), options.store_path)
+        return quantize_and_land(base, landing.name, changes, quantize, options)
     if isinstance(source, InstalledModel):
         return land_installed(source, landing.name, changes, options, adapters=adapters)
     if landing.step == "import":
         conversion = _convert_options(landing.parameters.get("conversion") or {}, matrix)
         return import_folder(source, landing.name, changes, options, conversion, adapters=adapters)
-    wanted = landing.parameters.get("quantization")
-    quantize = None if wanted is None else _quantize_options(wanted, matrix)
     projector = next(iter(_paths(landing, "projector")), None)
     return land_gguf(source, landing.name, changes, options, adapters=adapters, quantize=quantize, projector=projector)
 
