@@ -248,3 +248,12 @@ def test_a_recipe_is_built_in_a_running_server(place: Path, tmp_path: Path) -> N
         shared = forge_json("build", write(place, "name: y\nbase: base\nsystem: Ho.\n"), *there)
         assert shared["landed"]["store"] == server.url
     assert {row["name"] for row in forge_json("list", "--store", place / "store")} == {"base:latest"}
+
+
+def test_a_quantized_base_is_quantized_again_only_when_the_recipe_says_so(place: Path) -> None:
+    text = "name: m\nbase: base\nquantize: Q4_0\n"
+    for words in (("--dry-run",), ()):
+        ended = forge("build", write(place, text), *words, "--store", place / "store", "--json")
+        assert ended.code == 1 and "`allow_requantize: ...`" in ended.document["error"]["next"]
+    done = forge_json("build", write(place, text + "allow_requantize: true\n"), "--store", place / "store")
+    assert done["steps_done"] == 1 and forge_json("show", "m", "--store", place / "store")["quantization"] == "Q4_0"

@@ -47,7 +47,8 @@ class Profile:
     """A balance between speed, quality and memory.
 
     Attributes:
-        memory_share: of this machine's memory, that the model may take.
+        memory_share: of this machine's memory, that the model may take; a small part, because what fills a memory is
+            slow to run without a card.
         parameters: temperature, num_ctx, top_p and repeat_penalty.
     """
 
@@ -57,10 +58,10 @@ class Profile:
 
 
 PROFILES = {
-    "fast": Profile("Q4_0", 0.15, {"temperature": 0.8, "num_ctx": 2048, "top_p": 0.9, "repeat_penalty": 1.05}),
-    "balanced": Profile("Q4_K_M", 0.35, {"temperature": 0.7, "num_ctx": 4096, "top_p": 0.9, "repeat_penalty": 1.1}),
-    "quality": Profile("Q8_0", 0.6, {"temperature": 0.6, "num_ctx": 8192, "top_p": 0.95, "repeat_penalty": 1.1}),
-    "low-vram": Profile("Q4_0", 0.1, {"temperature": 0.7, "num_ctx": 2048, "top_p": 0.9, "repeat_penalty": 1.1}),
+    "fast": Profile("Q4_0", 0.12, {"temperature": 0.8, "num_ctx": 2048, "top_p": 0.9, "repeat_penalty": 1.05}),
+    "balanced": Profile("Q4_K_M", 0.2, {"temperature": 0.7, "num_ctx": 4096, "top_p": 0.9, "repeat_penalty": 1.1}),
+    "quality": Profile("Q8_0", 0.4, {"temperature": 0.6, "num_ctx": 8192, "top_p": 0.95, "repeat_penalty": 1.1}),
+    "low-vram": Profile("Q4_0", 0.08, {"temperature": 0.7, "num_ctx": 2048, "top_p": 0.9, "repeat_penalty": 1.1}),
 }
 
 TASKS: dict[str, Mapping[str, float]] = {

@@ -17,7 +17,7 @@ from ollama_forge.jobs.landing import LandOptions
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.recipe.plan import BuildPlan
 from ollama_forge.recipe.schema import AbliterateStep, AdapterStep, DownsizeStep, FinetuneStep, MergeStep, QuantizeStep
-from ollama_forge.recipe.steps import current_model
+from ollama_forge.recipe.steps import current_model, in_recipe_words
 from ollama_forge.recipe.work import StepResult
 from ollama_forge.store.catalog import open_store
 
@@ -94,7 +94,8 @@ def estimate_build(plan: BuildPlan, options: LandOptions) -> BuildEstimate:
             size_bytes = int(state.facts.get("bytes", size_bytes)) if state.weights is not None else size_bytes
             model = current_model(plan.source.local, state) if plan.source.local is not None else None
         elif number >= plan.first_to_do:
-            estimate = _estimate_step(step.step, model, size_bytes, plan.recipe.folder)
+            with in_recipe_words(step.step):
+                estimate = _estimate_step(step.step, model, size_bytes, plan.recipe.folder)
             is_weights = isinstance(step.step, (QuantizeStep, MergeStep)) or getattr(step.step, "merge", False)
             size_bytes = estimate.disk_bytes or size_bytes if is_weights else size_bytes
             found.append(estimate)

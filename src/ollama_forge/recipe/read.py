@@ -343,7 +343,10 @@ class _Reader:
             return steps
         flat: list[tuple[Part, Place]] = []
         if top.quantize:
-            flat.append((QuantizeStep(type=top.quantize), ("quantize",)))
+            quantize = QuantizeStep(type=top.quantize, allow_requantize=top.allow_requantize)
+            flat.append((quantize, ("quantize",)))
+        elif top.allow_requantize:
+            self._add(("allow_requantize",), "'allow_requantize' belongs to `quantize`", "quantize: Q4_K_M")
         flat += [(AdapterStep(path=path), ("adapter",)) for path in top.adapter]
         return flat
 

@@ -336,6 +336,7 @@ class RecipeKeys(Wishes):
     gguf_file: str | None = None
     quant: str | None = None
     quantize: FileTypeName | None = None
+    allow_requantize: bool = False
     outtype: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto"
     adapter: Texts = ()
     variables: dict[str, str | None] = {}

@@ -6,7 +6,9 @@ Whatever is written under a final name is whole; a fine-tune that was killed goe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 from ollama_forge.dataset.read import find_data_files
 from ollama_forge.dataset.render import ALPACA_GO_TEMPLATE
 from ollama_forge.dataset.validate import read_dataset
+from ollama_forge.errors import RecipeError, UsageError
 from ollama_forge.files import Progress, hash_file, no_progress, place_copy
 from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.jobs.adapters import prepare_adapter
@@ -38,6 +41,7 @@ from ollama_forge.recipe.work import StepResult
 from ollama_forge.train.options import IMPORTANCE_FILE, LoopOptions, LoraOptions, Watch
 
 MODEL_NAME = "model.gguf"
+_OPTION = re.compile(r"--([a-z][a-z-]+)(?: (?=[A-Z])[A-Z]+)?")
 MERGED_NAME = "merged"
 
 
@@ -86,7 +90,23 @@ def run_step(step: Part, bench: Workbench, output_dir: Path) -> StepResult:
     Raises:
         Whatever the job of that name raises; then nothing of it counts as done.
     """
-    return _RUNNERS[type(step)](step, bench, output_dir)
+    with in_recipe_words(step):
+        return _RUNNERS[type(step)](step, bench, output_dir)
+
+
+@contextlib.contextmanager
+def in_recipe_words(step: Part) -> Iterator[None]:
+    """What a job says about its command's options, as what to write into the recipe.
+
+    Raises:
+        RecipeError: in place of a UsageError.
+    """
+    try:
+        yield
+    except UsageError as exc:
+        kind = step.model_dump()["kind"]
+        way = _OPTION.sub(lambda match: f"`{match[1].replace('-', '_')}: ...`", exc.next)
+        raise RecipeError(f"The step `{kind}` cannot be done. {exc.what}", why=exc.why, next=way) from exc
 
 
 def _quantize(step: Any, bench: Workbench, output_dir: Path) -> StepResult:
