@@ -233,7 +233,9 @@ def _require_lora(options: ApplyOptions) -> None:
             next="Leave out --norm-preserving, or --as-lora.",
         )
     if options.imatrix is not None:
-        raise UsageError("--imatrix does not go with --as-lora", why="Nothing is quantized there.")
+        raise UsageError(
+            "--imatrix does not go with --as-lora", why="Nothing is quantized there.", next="Leave out --imatrix."
+        )
 
 
 @contextlib.contextmanager

@@ -37,7 +37,9 @@ class DirectionOptions:
             UsageError: with the option.
         """
         if self.method not in METHODS:
-            raise UsageError(f"There is no method {self.method!r}", why=f"Known: {', '.join(METHODS)}.")
+            raise UsageError(
+                f"There is no method {self.method!r}", why=f"Known: {', '.join(METHODS)}.", next="Use --method mean."
+            )
         if self.n_directions < 1:
             raise UsageError(f"{self.n_directions} directions cannot be computed", next="Ask for 1 or more.")
         if not self.positions or any(position >= 0 for position in self.positions):

@@ -232,7 +232,11 @@ def _beside(harmful: torch.Tensor, harmless: torch.Tensor, gap: Array, count: in
 def _candidates(n_layers: int, wanted: Sequence[int]) -> tuple[int, ...]:
     for layer in wanted:
         if not 0 <= layer < n_layers:
-            raise UsageError(f"There is no layer {layer}", why=f"The model has layers 0 to {n_layers - 1}.")
+            raise UsageError(
+                f"There is no layer {layer}",
+                why=f"The model has layers 0 to {n_layers - 1}.",
+                next="Leave the layers out: the one with the clearest separation is chosen.",
+            )
     return tuple(sorted(set(wanted))) or tuple(range(max(1, math.ceil(DEEPEST_SHARE * n_layers))))
 
 

@@ -99,11 +99,19 @@ class AblationOptions:
         if not all(math.isfinite(value) for value in strengths if value is not None):
             raise UsageError("A strength must be a finite number", next="1 takes the direction out.")
         if self.kernel not in KERNELS:
-            raise UsageError(f"There is no kernel {self.kernel!r}", why=f"Known: {', '.join(KERNELS)}.")
+            raise UsageError(
+                f"There is no kernel {self.kernel!r}",
+                why=f"Known: {', '.join(KERNELS)}.",
+                next="Example: --strength-kernel gaussian",
+            )
         if self.kernel != "constant" and not self.kernel_width > 0:
-            raise UsageError(f"The kernel's width is {self.kernel_width:g}", why="It must be more than 0.")
+            raise UsageError(
+                f"The kernel's width is {self.kernel_width:g}",
+                why="It is a share of the depth, more than 0.",
+                next="Example: --kernel-width-frac 0.4",
+            )
         if self.skip_begin < 0 or self.skip_end < 0:
-            raise UsageError("A number of layers to skip cannot be negative")
+            raise UsageError("A number of layers to skip cannot be negative", next="Give 0 or more.")
         if self.layer is not None and self.per_layer:
             raise UsageError(
                 f"Layer {self.layer:g} for all layers, and each layer its own direction, do not go together",
@@ -227,6 +235,7 @@ class _Bases:
                 raise UsageError(
                     f"There is no direction {options.direction_index}",
                     why=f"The file holds {directions.n_directions} for each layer, counted from 0.",
+                    next="Choose another --direction-index, or compute more: compute-dir --num-directions N",
                 )
             vectors = directions.vectors[:, options.direction_index : options.direction_index + 1]
             directions = Directions(vectors, directions.best_layer, harmless_means=directions.harmless_means)
@@ -278,6 +287,7 @@ def _checked(tensor: StoredTensor, hidden_size: int) -> StoredTensor:
         raise FormatError(
             f"{tensor.spec.name!r} has the shape {shape}",
             why=f"Along the residual stream it should have {hidden_size} numbers.",
+            next="Get the model again from where it came from.",
         )
     return tensor
 

@@ -72,7 +72,9 @@ class Directions:
         """
         if not (math.isfinite(layer) and 0 <= layer <= self.n_layers - 1):
             raise UsageError(
-                f"There is no layer {layer:g}", why=f"The directions are those of layers 0 to {self.n_layers - 1}."
+                f"There is no layer {layer:g}",
+                why=f"The directions are those of layers 0 to {self.n_layers - 1}.",
+                next=f"Choose one of them, for example --layer {self.best_layer}.",
             )
         low = min(int(layer), self.n_layers - 1)
         share = layer - low
