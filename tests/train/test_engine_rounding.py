@@ -57,3 +57,20 @@ def test_layers_round_inside_the_block_only(tmp_path: Path) -> None:
         assert torch.equal(layer(x), layer(round_to_8_bits(x)))
         assert not torch.equal(layer(x), plain)
     assert torch.equal(layer(x), plain)
+
+
+def test_a_tensor_that_was_written_to_is_rounded_again(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf_of(dense_model("llama"), "llama", path, GGMLType.Q8_0)
+    packed = load_packed(path)
+    layer = next(module for module in packed.model.modules() if isinstance(module, PackedLinear))
+    x = some_numbers(layer.in_features)
+    with engine_rounding(packed):
+        before = layer(x)
+        x.mul_(3)
+        assert not torch.equal(layer(x), before)
+        assert torch.equal(layer(x), layer(x.clone()))
+    with engine_rounding(packed), torch.inference_mode():
+        x = some_numbers(layer.in_features)
+        before = layer(x)
+        assert torch.equal(layer(x.mul_(1)), before)

@@ -22,6 +22,8 @@ from ollama_forge.gguf.types import GGMLType
 from ollama_forge.train.load import PackedModel
 from ollama_forge.train.packed import PackedLinear
 
+Rounding = Callable[[torch.Tensor], torch.Tensor]
+
 _SMALL_BLOCK = 32
 _LARGE_BLOCK = 256
 
@@ -62,7 +64,7 @@ def _round_to_bfloat(x: torch.Tensor) -> torch.Tensor:
 _SMALL = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "NVFP4", "Q1_0")
 
 
-def rounding_of(type: GGMLType) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def rounding_of(type: GGMLType) -> Rounding | None:
     """What is done to the numbers before they meet a matrix of this type; None for float32."""
     if type is GGMLType.F32:
         return None
@@ -77,16 +79,35 @@ def rounding_of(type: GGMLType) -> Callable[[torch.Tensor], torch.Tensor] | None
 def engine_rounding(packed: PackedModel) -> Iterator[None]:
     """Inside the block every packed linear layer rounds its input as llama.cpp does on the processor."""
     with contextlib.ExitStack() as undo:
+        last = _LastRounded()
         for module in packed.model.modules():
             if isinstance(module, PackedLinear):
                 rounding = rounding_of(module.matrix.type)
                 if rounding is not None:
-                    undo.callback(module.register_forward_pre_hook(_hook(rounding)).remove)
+                    undo.callback(module.register_forward_pre_hook(_hook(rounding, last)).remove)
         yield
 
 
-def _hook(rounding: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
+class _LastRounded:
+    """What was rounded last: query, key and value, gate and up are given the very same tensor."""
+
+    def __init__(self) -> None:
+        self._key: tuple[torch.Tensor, int, Rounding] | None = None
+        self._rounded = torch.empty(0)
+
+    def round(self, x: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+        if x.is_inference():
+            return rounding(x).to(x.dtype)
+        # a tensor that was written to since has another version (those of inference mode have none)
+        key = self._key
+        if key is None or key[0] is not x or key[1:] != (x._version, rounding):
+            self._key = x, x._version, rounding
+            self._rounded = rounding(x).to(x.dtype)
+        return self._rounded
+
+
+def _hook(rounding: Rounding, last: _LastRounded) -> Callable[..., Any]:
     def rounded(_layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (rounding(inputs[0]).to(inputs[0].dtype), *inputs[1:])
+        return (last.round(inputs[0], rounding), *inputs[1:])
 
     return rounded
