@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from command import DEMO_MODEL, forge, forge_json
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ollama_forge.recipe.read import Checked, Recipe, check_recipe
 from ollama_forge.recipe.schema import AdapterStep, QuantizeStep
@@ -123,3 +125,39 @@ def test_validate_recipe_prints_lines_and_exits_1(tmp_path: Path) -> None:
     }
     assert "base b -> quantize -> a" in forge("validate-recipe", path).out
     assert forge("validate-recipe", tmp_path / "none.yaml").code == 1
+
+
+EXAMPLES = [path.read_text() for path in sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.*"))]
+PIECES = [
+    *("{", "}", "[", "]", ":", "- ", "\n", "  ", "null", "~", '"', "'", "&a", "*a", "!!int", "${x}", "{{ y }}", "@x"),
+    *(
+        "1e999",
+        "nan",
+        "-5",
+        "hf:",
+        "hf:a/b",
+        "../..",
+        "\0",
+        "9" * 30,
+        "variables",
+        "merge",
+        "messages",
+        "stop",
+        "width",
+    ),
+]
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_stands_in_a_recipe_it_is_read_or_refused_with_words(tmp_path: Path, data: st.DataObject) -> None:
+    text = data.draw(st.sampled_from(EXAMPLES))
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(text)))
+        end = data.draw(st.integers(start, min(len(text), start + 8)))
+        text = text[:start] + data.draw(st.sampled_from(["", *PIECES])) + text[end:]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    checked = check_recipe(path)
+    assert (checked.recipe is None) == bool(checked.problems)
+    assert all(0 <= problem.line <= text.count("\n") + 2 and problem.what for problem in checked.problems)

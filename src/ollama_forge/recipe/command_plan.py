@@ -17,6 +17,7 @@ from ollama_forge.dataset.read import find_data_files
 from ollama_forge.errors import ForgeError, NotFoundError, RecipeError
 from ollama_forge.files import Progress, disk_error, no_progress, write_bytes
 from ollama_forge.recipe.inputs import Fingerprints, hash_of
+from ollama_forge.recipe.places import locate
 from ollama_forge.recipe.work import open_work_folder
 from ollama_forge.source.hub import list_repo
 from ollama_forge.source.hub_files import looks_like_repo, parse_repo
@@ -114,7 +115,7 @@ def plan_inputs(
         value = params.get(name)
         for text in value if isinstance(value, (tuple, list)) else [value]:
             if isinstance(text, str) and text.startswith("@"):
-                found.append(_path_input(Path(text[1:]).expanduser(), params, prints))
+                found.append(_path_input(locate(Path(), text[1:]), params, prints))
     if command in ("fetch", "fetch-adapter") and params.get("repo"):
         repo = parse_repo(str(params["repo"])).repo
         found.append(PlanInput(kind="hub", ref=repo, hash=str(params.get("revision") or "")))
@@ -125,7 +126,7 @@ def plan_inputs(
 def _ref_input(
     text: str, name: str, params: Mapping[str, Any], prints: Fingerprints, store_path: Path | None
 ) -> PlanInput:
-    path = Path(text).expanduser()
+    path = locate(Path(), text)
     if looks_like_path(text) or name in ("gguf", "base_gguf"):
         return _path_input(path, params, prints)
     if parse_ref(text).kind is RefKind.HUB or (name == "source" and not path.exists() and looks_like_repo(text)):

@@ -15,6 +15,7 @@ from ollama_forge.files import require_free_space
 from ollama_forge.jobs.conversion import convert_options, open_folder, open_quantization, quantize_options
 from ollama_forge.jobs.landing import LandOptions
 from ollama_forge.jobs.resolve import ResolvedModel
+from ollama_forge.recipe.places import locate
 from ollama_forge.recipe.plan import BuildPlan
 from ollama_forge.recipe.schema import AbliterateStep, AdapterStep, DownsizeStep, FinetuneStep, MergeStep, QuantizeStep
 from ollama_forge.recipe.steps import current_model, in_recipe_words
@@ -117,7 +118,7 @@ def _estimate_step(step: Any, model: ResolvedModel | None, size_bytes: int, fold
     if isinstance(step, MergeStep):
         return StepEstimate("merge", size_bytes, STREAMING_BYTES, 2 * size_bytes / DISK_BYTES_PER_SECOND)
     if isinstance(step, FinetuneStep):
-        data = sum(_size(folder / Path(text).expanduser()) for text in step.data)
+        data = sum(_size(locate(folder, text)) for text in step.data)
         tokens = max(1, data // 4) * step.epochs
         # About eight operations for each weight and token; a core does some ten thousand million of them a second.
         weights = size_bytes * 8 / 5
@@ -147,7 +148,7 @@ def _quantized_bytes(step: QuantizeStep, model: ResolvedModel | None, folder: Pa
     options = quantize_options(
         step.type,
         tensor_types=step.tensor_types,
-        imatrix=folder / Path(step.imatrix).expanduser() if step.imatrix else None,
+        imatrix=locate(folder, step.imatrix) if step.imatrix else None,
         output_type=step.output_tensor_type,
         embedding_type=step.token_embedding_type,
         pure=step.pure,

@@ -12,6 +12,7 @@ from pathlib import Path
 from ollama_forge.errors import ForgeError, NameInvalidError, NotFoundError, UnsafeFileError, UsageError
 from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.recipe.document import parse_document, read_recipe_text
+from ollama_forge.recipe.places import locate
 from ollama_forge.recipe.schema import SOURCES
 from ollama_forge.source.gguf_names import list_choices
 from ollama_forge.source.hub import list_repo
@@ -66,7 +67,7 @@ def identify(text: str, store_path: Path | None = None, *, revision: str = "") -
         UnsafeFileError: a pickle.
         HubError: as `source.hub`.
     """
-    path = Path(text).expanduser()
+    path = locate(Path(), text)
     if path.is_dir():
         return _identify_folder(text, path)
     if path.is_file():

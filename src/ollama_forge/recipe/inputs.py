@@ -19,6 +19,7 @@ from typing import Any
 from ollama_forge.errors import NotFoundError
 from ollama_forge.files import Progress, hash_file, no_progress, write_bytes
 from ollama_forge.jobs.hub_local import fetch_adapter_files
+from ollama_forge.recipe.places import locate
 from ollama_forge.source.gguf_names import pick_gguf
 from ollama_forge.source.hub import list_repo
 from ollama_forge.source.hub_files import HubFile, RepoName, choose_adapter_files, parse_repo
@@ -132,7 +133,7 @@ def find_adapter_input(
         HubError: as `source.hub`.
     """
     if not text.startswith("hf:"):
-        path = folder / Path(text).expanduser()
+        path = locate(folder, text)
         if not path.exists():
             raise NotFoundError(f"There is no adapter {text!r}", why=f"Looked for {path}.", next="Check the path.")
         hashes = fingerprints.files([path], text)

@@ -20,6 +20,7 @@ from ollama_forge.files import Progress, no_progress
 from ollama_forge.jobs.resolve import resolve
 from ollama_forge.recipe.inputs import AdapterInput, Fingerprints, find_adapter_input, hash_of
 from ollama_forge.recipe.lock import Lock
+from ollama_forge.recipe.places import locate
 from ollama_forge.recipe.read import Recipe
 from ollama_forge.recipe.schema import AdapterStep, MergeStep, Part, QuantizeStep
 from ollama_forge.recipe.source import FoundSource, find_source
@@ -203,7 +204,7 @@ def _hash_inputs(
 def _hash_path(
     text: str, folder: Path, fingerprints: Fingerprints, include: Sequence[str], *, is_data: bool
 ) -> dict[str, str]:
-    path = folder / Path(text).expanduser()
+    path = locate(folder, text)
     if not is_data or path.is_file():
         return fingerprints.files([path], text)
     files = find_data_files([path], include)
@@ -211,7 +212,7 @@ def _hash_path(
 
 
 def _hash_teacher(text: str, folder: Path, fingerprints: Fingerprints, store_path: Path | None) -> dict[str, str]:
-    beside = folder / Path(text).expanduser()
+    beside = locate(folder, text)
     model = resolve(str(beside) if looks_like_path(text) or beside.exists() else text, store_path)
     if model.installed is not None:
         return {text: model.installed.digest}

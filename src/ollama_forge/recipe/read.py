@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from ollama_forge.errors import ForgeError, RecipeError
 from ollama_forge.recipe.document import Document, Place, Problem, parse_document, read_recipe_text
+from ollama_forge.recipe.places import locate
 from ollama_forge.recipe.schema import (
     ALIASES,
     FLAT_PARAMETERS,
@@ -100,11 +101,6 @@ class Checked:
 
     recipe: Recipe | None
     problems: tuple[Problem, ...]
-
-
-def locate(folder: Path, text: str) -> Path:
-    """A path counted from a folder; `~` is the person's own."""
-    return folder / Path(text).expanduser()
 
 
 def read_recipe(path: Path, settings: Mapping[str, str] | None = None) -> Recipe:

@@ -28,6 +28,7 @@ from ollama_forge.jobs.merging import MergedModel, MergeInput, MergeOptions, mer
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.recipe.edit_steps import EditBench, Edited, abliterate, downsize
 from ollama_forge.recipe.inputs import AdapterInput
+from ollama_forge.recipe.places import locate
 from ollama_forge.recipe.schema import (
     AbliterateStep,
     AdapterStep,
@@ -114,7 +115,7 @@ def _quantize(step: Any, bench: Workbench, output_dir: Path) -> StepResult:
     model, output = bench.model, output_dir / MODEL_NAME
     options = quantize_options(
         step.type,
-        imatrix=bench.folder / Path(step.imatrix).expanduser() if step.imatrix else None,
+        imatrix=locate(bench.folder, step.imatrix) if step.imatrix else None,
         tensor_types=step.tensor_types,
         output_type=step.output_tensor_type,
         embedding_type=step.token_embedding_type,
@@ -159,7 +160,7 @@ def _merge(step: Any, bench: Workbench, output_dir: Path) -> StepResult:
     assert isinstance(step, MergeStep)
     weights = step.weights or (1.0,) * len(bench.adapters)
     inputs = [MergeInput(found.fetch(), weight) for found, weight in zip(bench.adapters, weights, strict=True)]
-    imatrix = bench.folder / Path(step.imatrix).expanduser() if step.imatrix else None
+    imatrix = locate(bench.folder, step.imatrix) if step.imatrix else None
     return _merged(bench, inputs, MergeOptions(untie=step.untie, imatrix=imatrix), output_dir)
 
 
@@ -192,7 +193,7 @@ def _finetune(step: Any, bench: Workbench, output_dir: Path) -> StepResult:
     assert isinstance(step, FinetuneStep)
     run_dir = output_dir / "run"
     request = FinetuneRequest(
-        data=tuple(bench.folder / Path(text).expanduser() for text in step.data),
+        data=tuple(locate(bench.folder, text) for text in step.data),
         base=_ref_of(bench.model),
         name=None,
         folder=run_dir,
@@ -278,7 +279,7 @@ def _downsize(step: Any, bench: Workbench, output_dir: Path) -> StepResult:
 def _edit_bench(bench: Workbench) -> EditBench:
     options = LandOptions(bench.store_path, progress=bench.progress)
     model = bench.model
-    return EditBench(model, _ref_of(model), lambda text: bench.folder / Path(text).expanduser(), options, bench.watch)
+    return EditBench(model, _ref_of(model), lambda text: locate(bench.folder, text), options, bench.watch)
 
 
 def _edited(bench: Workbench, done: Edited) -> StepResult:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ollama_forge.errors import ModelfileError, RecipeError
 from ollama_forge.jobs.creation import Creation, override, take_template
+from ollama_forge.recipe.places import locate
 from ollama_forge.recipe.schema import Wishes, parameter_texts
 from ollama_forge.store.modelfile import Message, Modelfile, render_modelfile
 from ollama_forge.store.parameters import ParameterValue, merge_parameters, parse_parameter
@@ -67,7 +68,7 @@ def combined_wishes(folder: Path, wishes: tuple[Wishes, ...], store_path: Path |
 def _text(folder: Path, value: str | None, key: str) -> str | None:
     if value is None or not value.startswith("@"):
         return value
-    path = folder / Path(value[1:]).expanduser()
+    path = locate(folder, value[1:])
     try:
         if path.stat().st_size > _TEXT_LIMIT_BYTES:
             raise RecipeError(f"{key!r}: {value!r} is too large for a text", next="Name a text file.")
