@@ -302,7 +302,7 @@ def _light(light: str) -> str:
 
 def _show_models(console: Console, rows: Sequence[ModelFits]) -> None:
     if not rows:
-        console.say("There are no models in the store yet. Name a path or hf:org/repo, or see: ollama-forge demo")
+        console.say("There are no models in the store yet. Name a path or hf:org/repo, or get one: ollama-forge start")
         return
     cells = [["", "MODEL", "PARAMETERS", "QUANT", "SIZE", "TO RUN", "TO FINE-TUNE"]]
     for number, row in enumerate(rows, 1):
