@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 
 import click
 import huggingface_hub.constants
+import learnt_model as world
 import pytest
 from command import DEMO_MODEL, forge, forge_json
 from loopback_hub import LoopbackHub
@@ -35,6 +36,7 @@ PAGES = (
     "training-data.md",
     "finetune.md",
     "retrain.md",
+    "abliterate.md",
     "registry.md",
     "troubleshooting.md",
     "recipes.md",
@@ -88,6 +90,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for target in (work / "train.jsonl", work / "data" / "train.jsonl"):
         target.write_text("\n".join(lines[:6]) + "\n", encoding="utf-8")
     write_adapter(work / "my-adapter")
+    for name, nouns in (("refused", world.VEGETABLES), ("answered", world.HOUSE_THINGS)):
+        (work / f"{name}.txt").write_text("\n".join(world.trained_prompts(nouns, 48)), encoding="utf-8")
     return folder
 
 
