@@ -62,6 +62,20 @@ def test_an_importance_matrix_opens_the_smaller_types() -> None:
     assert GGMLType.IQ2_S not in [option.type for option in groups["blk.0.attn_v"].options]
 
 
+def test_a_group_may_take_its_part_of_a_plain_mix_which_is_not_measured_alone() -> None:
+    rows = llama_rows(4)
+    mix = {name: GGMLType.Q4_K for name, _, _ in rows} | {"blk.0.attn_v.weight": GGMLType.Q6_K}
+    apart = plan_groups(rows, weighted=(), max_passes=10_000, plain=[mix])
+    together = plan_groups(rows, weighted=(), max_passes=18, plain=[mix])
+    assert apart.n_passes == plan_groups(rows, weighted=(), max_passes=10_000).n_passes
+    assert not any(option.is_from_plain for group in apart.groups for option in group.options)
+    group = next(group for group in together.groups if group.name == "blk.0-3.attn_v")
+    (part,) = (option for option in group.options if option.is_from_plain)
+    assert [type.name for type in part.types] == ["Q6_K", "Q4_K", "Q4_K", "Q4_K"]
+    assert group.options[-1].types == (GGMLType.BF16,) * 4
+    assert together.n_passes == 18
+
+
 def test_types_that_are_no_smaller_than_the_source_are_no_options() -> None:
     group = plan_groups(llama_rows(1, source=GGMLType.Q4_0), weighted=(), max_passes=99).groups[0]
     assert [option.type.name for option in group.options] == ["Q2_K", "Q3_K", "IQ4_XS", "Q4_0"]

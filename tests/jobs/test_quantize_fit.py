@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command import DEMO_MODEL, forge, forge_json, tree_hash
 
 from ollama_forge.arch.kv_cache import kv_cache_bytes
 from ollama_forge.engine import GREEDY, open_engine
 from ollama_forge.errors import ExistsError, FormatError, UsageError
-from ollama_forge.files import Advance
+from ollama_forge.files import Advance, atomic_output
 from ollama_forge.gguf.reader import open_gguf
+from ollama_forge.gguf.types import GGMLType
+from ollama_forge.gguf.writer import TensorEntry, copy_entry, from_reader, write_gguf
 from ollama_forge.jobs.conversion import convert_folder, convert_options, quantize_options
 from ollama_forge.jobs.fit_measurements import cut_fit_text
 from ollama_forge.jobs.fit_result import OWN, UNCHANGED, Fit, FitRequest, parse_limit
@@ -212,6 +215,23 @@ def test_a_context_larger_than_the_size_is_refused(source: Path, empty_home: Pat
     with pytest.raises(UsageError, match="too small") as caught:
         fit_file(source, tmp_path / "out.gguf", wide, quantize_options("Q4_K_M"))
     assert "1,048,576 tokens" in caught.value.why
+
+
+def test_tensors_that_no_text_runs_through_stay_as_they_are(source: Path, empty_home: Path, tmp_path: Path) -> None:
+    seeing = tmp_path / "seeing.gguf"
+    picture = np.linspace(-1, 1, 64 * 256, dtype="<f4")
+    extra = TensorEntry("v.blk.0.attn_q.weight", (64, 256), GGMLType.F32, lambda: [picture.tobytes()])
+    with open_gguf(source) as file, atomic_output(seeing) as sink:
+        fields = [from_reader(field) for field in file.fields.values()]
+        write_gguf(sink, fields, [*(copy_entry(file, name) for name in file.tensors), extra])
+    wanted = replace(request(limit(seeing, 590_000)), max_passes=1)
+    fit = fit_file(seeing, tmp_path / "out.gguf", wanted, quantize_options("Q4_K_M"))
+    assert (fit.plan.passes, fit.plan.bands) == (18, 1)
+    assert fit.chosen == OWN
+    assert not any(point.fits for point in fit.points if point.name != OWN)
+    with open_gguf(tmp_path / "out.gguf") as file:
+        assert file.read(extra.name).tobytes() == picture.tobytes()
+        assert file.tensors["blk.0.attn_q.weight"].type != GGMLType.BF16
 
 
 def test_a_model_that_fits_stays_as_it_is(source: Path, empty_home: Path, tmp_path: Path) -> None:

@@ -33,12 +33,14 @@ class Option:
         types: what each of its tensors becomes; another type where a row does not divide into blocks of `type`.
         size_bytes: of all its tensors.
         cost: what it takes from the model, 0 or more.
+        is_from_plain: its types are those that a plain mix gives these tensors, which may differ among them.
     """
 
     type: GGMLType
     types: tuple[GGMLType, ...]
     size_bytes: int
     cost: float = 0.0
+    is_from_plain: bool = False
 
 
 @dataclass(frozen=True)

@@ -94,13 +94,19 @@ class GroupPlan:
 
 
 def plan_groups(
-    tensors: Sequence[TensorRow], *, weighted: Collection[str], max_passes: int, alignment: int = 32
+    tensors: Sequence[TensorRow],
+    *,
+    weighted: Collection[str],
+    max_passes: int,
+    plain: Sequence[Mapping[str, GGMLType]] = (),
+    alignment: int = 32,
 ) -> GroupPlan:
     """Put tensors together so that measuring takes at most `max_passes` runs of the model, where that is possible.
 
     Args:
         tensors: of the file to be quantized.
         weighted: names that an importance matrix knows.
+        plain: mixes of all tensors, of which a group may take its part; such parts are not measured alone.
         alignment: of the file; every tensor is padded to it.
 
     Raises:
@@ -114,7 +120,7 @@ def plan_groups(
     n_blocks = 1 + max((_block_of(name) for name, _, _ in rows), default=-1)
     plan = None
     for n_bands in range(max(1, n_blocks), 0, -1):
-        groups = _grouped(rows, _bands(n_blocks, n_bands), weighted, alignment)
+        groups = _grouped(rows, _bands(n_blocks, n_bands), weighted, plain, alignment)
         for anchors in (None, ANCHORS):
             plan = GroupPlan(groups, tuple(_measured(group, anchors) for group in groups), n_bands)
             if plan.n_passes <= max_passes:
@@ -170,7 +176,7 @@ def _interpolated(known: Sequence[tuple[float, float]], error: float) -> float:
 
 def _measured(group: Group, anchors: Collection[GGMLType] | None) -> tuple[int, ...]:
     """Numbers of the options to measure: all that change something, or those nearest to the anchors."""
-    numbers = list(range(len(group.options) - 1))
+    numbers = [number for number, option in enumerate(group.options[:-1]) if not option.is_from_plain]
     if anchors is None or len(numbers) <= len(anchors):
         return tuple(numbers)
     chosen = {
@@ -181,7 +187,11 @@ def _measured(group: Group, anchors: Collection[GGMLType] | None) -> tuple[int, 
 
 
 def _grouped(
-    rows: Sequence[TensorRow], bands: Sequence[int], weighted: Collection[str], alignment: int
+    rows: Sequence[TensorRow],
+    bands: Sequence[int],
+    weighted: Collection[str],
+    plain: Sequence[Mapping[str, GGMLType]],
+    alignment: int,
 ) -> tuple[Group, ...]:
     parts: dict[tuple[int, str], list[TensorRow]] = {}
     for row in rows:
@@ -189,12 +199,21 @@ def _grouped(
         part = "attn_qkv" if "attn_qkv" in row[0] else _PARTS[tensor_role(row[0])]
         parts.setdefault((bands[block] if block >= 0 else -1, part), []).append(row)
     return tuple(
-        Group(_group_name(band, part, bands), tuple(row[0] for row in members), _options(members, weighted, alignment))
+        Group(
+            _group_name(band, part, bands),
+            tuple(row[0] for row in members),
+            _options(members, weighted, plain, alignment),
+        )
         for (band, part), members in sorted(parts.items())
     )
 
 
-def _options(members: Sequence[TensorRow], weighted: Collection[str], alignment: int) -> tuple[Option, ...]:
+def _options(
+    members: Sequence[TensorRow],
+    weighted: Collection[str],
+    plain: Sequence[Mapping[str, GGMLType]],
+    alignment: int,
+) -> tuple[Option, ...]:
     """What these tensors may become, smallest first; the last leaves them as they are."""
     present = tuple(source for _, _, source in members)
     now = _size(members, present, alignment)
@@ -207,8 +226,17 @@ def _options(members: Sequence[TensorRow], weighted: Collection[str], alignment:
         option = Option(type, types, _size(members, types, alignment))
         if option.size_bytes < now:
             found.setdefault(types, option)
+    for mix in plain:
+        types = tuple(mix[name] for name, _, _ in members)
+        size_bytes = _size(members, types, alignment)
+        if size_bytes < now:
+            found.setdefault(types, Option(_main_type(types), types, size_bytes, is_from_plain=True))
     unchanged = Option(max(present, key=bits_per_weight), present, now)
     return (*sorted(found.values(), key=lambda option: (option.size_bytes, option.type)), unchanged)
+
+
+def _main_type(types: Sequence[GGMLType]) -> GGMLType:
+    return max(types, key=lambda type: (types.count(type), -type))
 
 
 def _size(members: Sequence[TensorRow], types: Sequence[GGMLType], alignment: int) -> int:

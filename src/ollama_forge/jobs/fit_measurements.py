@@ -114,6 +114,7 @@ class FitMeasurements:
         self._stack = contextlib.ExitStack()
         self._probe: tuple[Sequence[Window], Probe] | None = None
         self._models: tuple[Any, Any] | None = None
+        self._n_expected = 0
         self.n_run = 0
         self.path = forge_home() / "fit" / f"{_key(model_sha256, text, imatrix)}.json"
         self._kept: dict[str, dict[str, float]] = _read_kept(self.path)
@@ -135,6 +136,7 @@ class FitMeasurements:
 
     def sensitivities(self, plan: GroupPlan, advance: Advance) -> tuple[Group, ...]:
         """The groups with what each option costs: measured one group at a time, the rest worked out."""
+        self._n_expected = self.missing(plan)
         priced = []
         for group, numbers in zip(plan.groups, plan.measured, strict=True):
             costs = {}
@@ -154,17 +156,16 @@ class FitMeasurements:
         self._keep()
         return tuple(priced)
 
-    def has_judged(self, types: Mapping[str, GGMLType]) -> bool:
-        """Whether `judge` knows the answer already."""
-        return self._mix_key(types) in self._kept["judge"]
-
-    def judge(self, types: Mapping[str, GGMLType]) -> float:
-        """What a whole mix costs, on the windows that the mix was not found with."""
-        key = self._mix_key(types)
-        if key not in self._kept["judge"]:
-            self._kept["judge"][key] = self._run(self._text.judge, types)
-            self._keep()
-        return self._kept["judge"][key]
+    def judge(self, mixes: Sequence[Mapping[str, GGMLType]], advance: Advance) -> list[float]:
+        """What whole mixes cost, on the windows that the mix was not found with."""
+        keys = [self._mix_key(types) for types in mixes]
+        self._n_expected = sum(key not in self._kept["judge"] for key in keys)
+        for key, types in zip(keys, mixes, strict=True):
+            if key not in self._kept["judge"]:
+                self._kept["judge"][key] = self._run(self._text.judge, types)
+                self._keep()
+            advance(1)
+        return [self._kept["judge"][key] for key in keys]
 
     def _mix_key(self, types: Mapping[str, GGMLType]) -> str:
         changed = sorted(name for name, type in types.items() if type != self._file.tensors[name].type)
@@ -201,7 +202,9 @@ class FitMeasurements:
         self._probe = None  # the old one's memory first
         started = time.monotonic()
         probe = Probe(*self._models, windows, self._imatrix)
-        self._say(f"One run of the model takes about {time.monotonic() - started:.1f} s.")
+        seconds = time.monotonic() - started
+        minutes = seconds * self._n_expected / 60
+        self._say(f"A run takes about {seconds:.1f} s: about {minutes:.1f} minutes for {self._n_expected}.")
         return probe
 
     def _keep(self) -> None:

@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ollama_forge.arch.families import find_family_by_gguf
+from ollama_forge.arch.families import GGUF_ARCHITECTURES, find_family_by_gguf
 from ollama_forge.arch.kv_cache import kv_cache_bytes, trained_context
 from ollama_forge.errors import FormatError, UsageError
 from ollama_forge.files import Progress, no_progress, refuse_existing
 from ollama_forge.gguf.budget import Front, Mix, find_front
 from ollama_forge.gguf.fit_groups import PLAIN_MIXES, main_file_type, plan_groups
-from ollama_forge.gguf.mixture import QuantizeOptions, TensorRow, plan_choices
+from ollama_forge.gguf.mixture import QuantizeOptions, TensorRow, allows_quantization, plan_choices
 from ollama_forge.gguf.quantize import plan_quantization
 from ollama_forge.gguf.reader import GGUFFile, open_gguf
 from ollama_forge.gguf.types import FileType, GGMLType, file_type_name, tensor_bytes
@@ -95,9 +95,16 @@ class _Search:
         self.room_bytes = request.limit_bytes - self.kv_bytes
         self.rows: list[TensorRow] = [(item.name, item.shape, item.type) for item in file.tensors.values()]
         weighted = options.imatrix.entries if options.imatrix is not None else {}
-        self.plan = plan_groups(self.rows, weighted=weighted, max_passes=request.max_passes, alignment=file.alignment)
         unchanged = {name: type for name, _, type in self.rows}
         self.source_bytes = plan_quantization(file, self._own_options(unchanged)).size_bytes
+        self.plain = self._plain_mixes()
+        self.plan = plan_groups(
+            _measurable(file.architecture, self.rows),
+            weighted=weighted,
+            max_passes=request.max_passes,
+            plain=[types for _, _, types in self.plain],
+            alignment=file.alignment,
+        )
         self.fixed_bytes = self.source_bytes - sum(group.options[-1].size_bytes for group in self.plan.groups)
         self.smallest_bytes = self.fixed_bytes + sum(group.smallest_bytes for group in self.plan.groups)
         self.warnings: list[str] = []
@@ -142,7 +149,6 @@ class _Search:
         say: Callable[[str], None],
     ) -> Fit:
         """Measure, choose, prove, write."""
-        plain = self._plain_mixes()
         smallest = Mix(self.plan.groups, (0,) * len(self.plan.groups), 0, 0.0)
         plan_quantization(self.file, self._own_options(self._types_of(smallest)))  # refuses what cannot be quantized
         find_family_by_gguf(self.file.architecture)  # and what cannot be run
@@ -150,7 +156,7 @@ class _Search:
         digest = model_sha256 or sha256_of_model(self.file)
         with FitMeasurements(self.file, digest, text, self.options.imatrix, self.request.device, say) as numbers:
             missing = numbers.missing(self.plan)
-            plan = self._fit_plan(text, missing, len(plain))
+            plan = self._fit_plan(text, missing, len(self.plain))
             if dry_run and missing:
                 return self._result("", None, None, dry_run=True, plan=plan)
             require_packages()
@@ -162,7 +168,7 @@ class _Search:
             assert mix is not None
             if dry_run:
                 return self._result(OWN, mix, None, dry_run=True, plan=plan, front=front)
-            chosen, points = self._judge(mix, plain, numbers, progress)
+            chosen, points = self._judge(mix, numbers, progress)
             if text.is_shared:
                 self.warnings.append("The text is short: the mix was judged by the text that it was found with.")
             run = numbers.n_run
@@ -175,17 +181,17 @@ class _Search:
     def _judge(
         self,
         mix: Mix,
-        plain: Sequence[tuple[str, int, dict[str, GGMLType]]],
         numbers: FitMeasurements,
         progress: Progress,
     ) -> tuple[FitPoint, tuple[FitPoint, ...]]:
         """The mix and the plain ones, measured; and which of those that fit is best."""
-        rivals = [(OWN, mix.size_bytes + self.fixed_bytes, self._types_of(mix)), *plain]
-        points = []
+        rivals = [(OWN, mix.size_bytes + self.fixed_bytes, self._types_of(mix)), *self.plain]
         with progress("Measuring whole mixes", len(rivals)) as advance:
-            for name, size_bytes, types in rivals:
-                points.append(FitPoint(name, size_bytes, numbers.judge(types), size_bytes <= self.room_bytes))
-                advance(1)
+            costs = numbers.judge([types for _, _, types in rivals], advance)
+        points = [
+            FitPoint(name, size_bytes, kl, size_bytes <= self.room_bytes)
+            for (name, size_bytes, _), kl in zip(rivals, costs, strict=True)
+        ]
         # of equal ones the found mix, which is named first
         chosen = min((point for point in points if point.fits), key=lambda point: point.kl)
         if chosen.name != OWN:
@@ -219,7 +225,7 @@ class _Search:
         return replace(self.options, file_type=file_type, tensor_types=())
 
     def _own_options(self, types: Mapping[str, GGMLType]) -> QuantizeOptions:
-        quantizable = {name for group in self.plan.groups for name in group.tensors}
+        quantizable = {name for name, shape, _ in self.rows if allows_quantization(name, shape)}
         sizes = {name: tensor_bytes(types[name], shape) for name, shape, _ in self.rows}
         pairs = tuple((f"^{re.escape(name)}$", type) for name, type in types.items() if name in quantizable)
         wanted = {name: types[name] for name in quantizable}
@@ -272,11 +278,24 @@ class _Search:
         )
 
 
+def _measurable(architecture: str, rows: Sequence[TensorRow]) -> list[TensorRow]:
+    """The tensors that text runs through. Those of pictures and sound stay as they are: nothing says what they cost."""
+    if architecture not in GGUF_ARCHITECTURES:
+        return list(rows)
+    family = find_family_by_gguf(architecture)
+    return [row for row in rows if family.address_by_gguf_name(row[0]) is not None]
+
+
 def _choices(mix: Mix) -> tuple[FitChoice, ...]:
     return tuple(
-        FitChoice(group.name, len(group.tensors), option.type.name, option.size_bytes, option.cost)
+        FitChoice(group.name, len(group.tensors), _type_names(option.types), option.size_bytes, option.cost)
         for group, option in zip(mix.groups, mix.options, strict=True)
     )
+
+
+def _type_names(types: Sequence[GGMLType]) -> str:
+    """`Q4_K`, or `Q4_K, Q6_K` where the tensors of a group differ."""
+    return ", ".join(sorted({type.name for type in types}))
 
 
 def _thinned(front: Front, fixed_bytes: int) -> tuple[tuple[int, float], ...]:
