@@ -7,10 +7,11 @@ import math
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from command import forge, forge_json, tree_hash
-from deep_model import N_LAYERS, conversations, deep_model
+from deep_model import N_LAYERS, SELDOM, conversations, deep_model
 from kill import count_events, run_and_kill
 from learnt_model import MODEL_DIR, training_conversation
 
@@ -21,12 +22,12 @@ from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.gguf.writer import write_gguf
 from ollama_forge.jobs.calibration import CalibrationOptions, measure_ranking, read_rows
 from ollama_forge.train.load import load_packed
-from ollama_forge.transform.cut import Cut
+from ollama_forge.transform.cut import Cut, read_sizes
 from ollama_forge.transform.prune import plan_gguf_cut
-from ollama_forge.transform.ranking import choose_layers, random_layers
+from ollama_forge.transform.ranking import Target, choose_cut, choose_layers, dropped_layers, random_layers
 from ollama_forge.weights.checkpoint import open_checkpoint
 
-N_KEPT = 7
+N_KEPT = N_LAYERS - len(SELDOM)
 SEEDS = range(5)
 
 
@@ -62,9 +63,9 @@ def perplexity(path: Path) -> float:
     return math.exp(loss / count)
 
 
-def cut_layers(source: Path, layers: object, out: Path) -> Path:
+def cut_model(source: Path, cut: Cut, out: Path) -> Path:
     with open_checkpoint(source) as checkpoint:
-        plan = plan_gguf_cut(checkpoint, Cut(layers=layers))  # type: ignore[arg-type]
+        plan = plan_gguf_cut(checkpoint, cut)
         with atomic_output(out) as sink:
             write_gguf(sink, plan.fields, plan.entries, alignment=plan.alignment)
     return out
@@ -75,11 +76,34 @@ def test_layers_chosen_by_importance_leave_a_better_model_than_layers_chosen_by_
 ) -> None:
     with open_gguf(deep) as gguf:
         importance = measure_ranking(gguf, CalibrationOptions(text=spoken))
-    chosen = perplexity(cut_layers(deep, choose_layers(importance, N_KEPT), tmp_path / "chosen.gguf"))
-    chance = [
-        perplexity(cut_layers(deep, random_layers(N_LAYERS, N_KEPT, seed), tmp_path / f"{seed}.gguf")) for seed in SEEDS
-    ]
-    assert chosen < min(chance)
+    kept = choose_layers(importance, N_KEPT)
+    assert dropped_layers(N_LAYERS, kept) == list(SELDOM)
+    chosen = perplexity(cut_model(deep, Cut(layers=kept), tmp_path / "chosen.gguf"))
+    for seed in SEEDS:
+        at_random = Cut(layers=random_layers(N_LAYERS, N_KEPT, seed))
+        assert chosen < perplexity(cut_model(deep, at_random, tmp_path / f"{seed}.gguf"))
+
+
+@pytest.mark.parametrize(("part", "total", "kept"), [("ffn", 256, 128), ("kv_heads", 2, 1)])
+def test_channels_and_heads_chosen_by_importance_leave_a_better_model_than_those_chosen_by_chance(
+    spoken: Path, tmp_path: Path, part: str, total: int, kept: int
+) -> None:
+    whole = tmp_path / "whole.gguf"
+    forge_json("convert", MODEL_DIR, "-o", whole)
+    with open_gguf(whole) as gguf:
+        importance = measure_ranking(gguf, CalibrationOptions(text=spoken), [part])
+    with open_checkpoint(whole) as checkpoint:
+        sizes = read_sizes(checkpoint)
+    target = Target(ffn=kept) if part == "ffn" else Target(n_kv_heads=kept)
+    cut = choose_cut(importance, sizes, target)
+    chosen = perplexity(cut_model(whole, cut, tmp_path / "chosen.gguf"))
+    for seed in SEEDS:
+        draw = np.random.default_rng(seed)
+        rows = np.stack([np.sort(draw.choice(total, kept, replace=False)) for _ in range(sizes.n_layers)])
+        if np.array_equal(rows, getattr(cut, part)):
+            continue  # of eight ways to keep one of two heads in three layers, chance finds the same one
+        at_random = Cut(ffn=rows) if part == "ffn" else Cut(kv_heads=rows)
+        assert chosen < perplexity(cut_model(whole, at_random, tmp_path / f"{seed}.gguf"))
 
 
 def test_a_dry_run_tells_ranking_and_exact_size_and_the_run_keeps_its_word(
