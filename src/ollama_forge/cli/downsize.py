@@ -9,6 +9,7 @@ import click
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "prune": ("downsize_prune", "Cut layers, channels, heads or experts that matter least."),
     "distill": ("downsize_distill", "Teach a small model what a large one predicts; heals a model that was cut."),
+    "pipeline": ("downsize_pipeline", "Cut, heal, measure, quantize, compare and land, in one resumable command."),
 }
 """Sub-command -> (module under `ollama_forge.cli`, one line of help)."""
 

@@ -33,6 +33,8 @@ SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 )
 @click.option("--teacher", metavar="REF", help="The model to learn from: an Ollama name, a .gguf file, a folder.")
 @click.option("--student", metavar="REF", help="The model that learns: the same kinds.")
+@click.option("--student-layers", type=click.IntRange(1), help="Make the student of the teacher: so many layers.")
+@click.option("--student-hidden", type=click.IntRange(1), help="The same: so many channels of the residual stream.")
 @click.option("--name", help="The Ollama model to make.")
 @click.option("--data", multiple=True, type=click.Path(path_type=Path), help="JSONL, CSV or Parquet; or a folder.")
 @click.option("--include", multiple=True, metavar="GLOB", help="Other files of a --data folder than *.jsonl.")
@@ -49,8 +51,9 @@ SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 @click.option("--cache-words", type=click.IntRange(1, 4096), default=48, show_default=True, help="Kept per position.")
 @click.option(
     "--align",
-    type=click.Choice(("text",)),
-    help="Where the tokenizers differ. text: the teacher writes answers, the student learns them.",
+    type=click.Choice(("text", "sorted")),
+    help="Where the tokenizers differ. text: the teacher writes answers, the student learns them. sorted: sorted "
+    "probabilities are compared where both begin a token.",
 )
 @click.option("--generate", is_flag=True, help="The teacher answers the questions of --data first.")
 @click.option("--teacher-host", multiple=True, metavar="URL", help="Ask --teacher on this running Ollama; repeatable.")
@@ -67,7 +70,7 @@ SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 @click.option("--lr", type=click.FloatRange(0, min_open=True), default=2e-4, show_default=True, help="Learning rate.")
 @click.option("--max-length", type=click.IntRange(2), default=1024, show_default=True, help="Tokens of an example.")
 @click.option("--overlong", type=click.Choice(("truncate", "drop")), default="truncate", show_default=True)
-@click.option("--learn", type=click.Choice(("assistant", "all")), default="all", show_default=True)
+@click.option("--learn", type=click.Choice(("assistant", "all")), help="Default: all; with --on-policy: assistant.")
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--grad-accum", type=click.IntRange(1), help="Batches per optimizer step (default: 8, fewer for few).")
 @click.option("--warmup", type=click.FloatRange(0), default=0.03, show_default=True, help="Steps, or a share below 1.")
@@ -98,9 +101,10 @@ def command(
     **settings: Any,
 ) -> None:
     """Teach a small model what a large one predicts, word by word; land it, checked. CPU or NVIDIA, one or many."""
-    if teacher is None or student is None or not data or (name is None and not settings["skip_landing"]):
+    is_cut = settings["student_layers"] is not None or settings["student_hidden"] is not None
+    if teacher is None or (student is None) != is_cut or not data or (name is None and not settings["skip_landing"]):
         raise UsageError(
-            "distill needs --teacher, --student, --data and --name",
+            "distill needs --teacher, --data, --name, and either --student or --student-layers/--student-hidden",
             next="Example: ollama-forge downsize distill --teacher llama3.1:8b --student ./pruned.gguf --data ./data "
             "--name small",
         )
@@ -136,6 +140,12 @@ def _distill_text(
             "--full, --quant, --cache and --on-policy do not go with a teacher that only writes text",
             why="Its predictions are not seen; the student learns its words as a fine-tune, through LoRA.",
             next="Leave them out; --merge lands merged weights.",
+        )
+    if request.cut is not None:
+        raise UsageError(
+            "--student-layers and --student-hidden make a student with the teacher's own words",
+            why="Then their predictions can be compared, which teaches more than text.",
+            next="Leave --align and --teacher-host out, or name another student: --student REF",
         )
     assert request.ask is not None
     result = distill_text(
@@ -180,7 +190,7 @@ class _AnswerLine:
 
 def build_request(
     teacher: str,
-    student: str,
+    student: str | None,
     name: str | None,
     data: tuple[Path, ...],
     changes: Modelfile,
@@ -192,7 +202,7 @@ def build_request(
         UsageError: a number out of range, or options that do not go together.
     """
     from ollama_forge.cli.finetune import lora_options
-    from ollama_forge.jobs.distillation_setup import DistillRequest
+    from ollama_forge.jobs.distillation_setup import DistillRequest, StudentCut
     from ollama_forge.jobs.finetune_setup import FinetuneRequest
     from ollama_forge.jobs.teacher_answers import AskOptions
     from ollama_forge.train.distill_options import DistillLoss, DistillOptions, Divergence, OnPolicy
@@ -209,7 +219,12 @@ def build_request(
         )
     is_cached = settings["cache"] or settings["cache_dir"] is not None
     distill_options = DistillOptions(
-        DistillLoss(Divergence(settings["loss"]), settings["beta"], settings["kd_temperature"], settings["ce_weight"]),
+        DistillLoss(
+            Divergence.SORTED if settings["align"] == "sorted" else Divergence(settings["loss"]),
+            settings["beta"],
+            settings["kd_temperature"],
+            settings["ce_weight"],
+        ),
         OnPolicy(settings["on_policy"], settings["on_policy_tokens"]),
         is_full=settings["is_full"],
         cached_words=settings["cache_words"] if is_cached else 0,
@@ -217,7 +232,7 @@ def build_request(
     folder = settings["workdir"] or Path(f"distill-{(name or 'run').replace('/', '-').replace(':', '-')}")
     run = FinetuneRequest(
         data=data,
-        base=student,
+        base=student or "",
         name=name,
         folder=folder.absolute(),
         lora=lora_options({**settings, "dropout": 0.0}),
@@ -239,7 +254,7 @@ def build_request(
         include=settings["include"],
         max_length=settings["max_length"],
         overlong=settings["overlong"],
-        learn=settings["learn"],
+        learn=_learnt(settings),
         validation_share=settings["val_split"],
         merge=settings["merge"],
         skip_landing=settings["skip_landing"],
@@ -247,7 +262,27 @@ def build_request(
         changes=changes,
     )
     cache = settings["cache_dir"]
-    return DistillRequest(run, teacher, distill_options, settings["quant"], cache.absolute() if cache else None, ask)
+    cut = None if student is not None else StudentCut(settings["student_layers"], settings["student_hidden"])
+    return DistillRequest(
+        run, teacher, distill_options, settings["quant"], cache.absolute() if cache else None, ask, cut
+    )
+
+
+def _learnt(settings: dict[str, Any]) -> str:
+    """Where the two are compared."""
+    if settings["on_policy"] and settings["learn"] == "all":
+        raise UsageError(
+            "--learn all does not go with --on-policy",
+            why="The student answers what stands before the first learnt token, and that would be nothing.",
+            next="Leave --learn out.",
+        )
+    if settings["align"] == "sorted" and settings["learn"] == "all":
+        raise UsageError(
+            "--learn all does not go with --align sorted",
+            why="Each model keeps its own template; only answers are the same text to both.",
+            next="Leave --learn out.",
+        )
+    return settings["learn"] or ("assistant" if settings["on_policy"] or settings["align"] == "sorted" else "all")
 
 
 _LIGHTS = {"green": "green", "yellow": "yellow", "red": "red", "unknown": "yellow"}
@@ -273,7 +308,6 @@ def show_plan(console: Console, plan: DistillPlan) -> None:
 def _show(console: Console, result: DistillResult) -> None:
     trained = result.trained
     if trained is None:
-        show_plan(console, result.plan)
         console.line("Nothing was changed.")
         return
     for pair in result.answers:

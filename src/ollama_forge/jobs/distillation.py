@@ -7,6 +7,7 @@ land, report. Under `accelerate launch` every process trains, and the first one 
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ollama_forge.dataset.read import find_data_files
 from ollama_forge.files import no_progress, write_bytes
 from ollama_forge.jobs.adapters import prepare_adapter
+from ollama_forge.jobs.calibration import DATA_SUFFIXES, CalibrationOptions
 from ollama_forge.jobs.conversion import quantize_options
 from ollama_forge.jobs.distillation_setup import (
     TEACHER_FOLDER,
@@ -30,9 +32,12 @@ from ollama_forge.jobs.distillation_setup import (
     weights_digest,
 )
 from ollama_forge.jobs.finetune import ask_all, choose_questions, land_adapter, matching_template
+from ollama_forge.jobs.finetune_setup import require_free_name
 from ollama_forge.jobs.landing import LandedModel, LandOptions, land_gguf
 from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, working
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, inherited, merge_model
+from ollama_forge.jobs.pruning import PruneOptions, prune_model
+from ollama_forge.jobs.resolve import resolve
 from ollama_forge.jobs.teacher_answers import (
     ANSWERS_FILE,
     ANSWERS_FOLDER,
@@ -44,11 +49,13 @@ from ollama_forge.jobs.teacher_answers import (
 from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.train.distill_options import TrainedStudent
 from ollama_forge.train.options import IMPORTANCE_FILE, Watch
+from ollama_forge.transform.cut_request import Amount
 
 if TYPE_CHECKING:
     from ollama_forge.train.report import AnswerPair
 
 MERGED_FILE = "merged.gguf"
+CUT_FILE = "cut.gguf"
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,17 @@ def distill(
         request = _with_answers(request, options, on_answer)
     if not options.dry_run:
         wait_for_first_process(request.folder)
+    with contextlib.ExitStack() as scratch:
+        request = _with_student(request, options, scratch)
+        return _distill(request, options, on_plan, watch)
+
+
+def _distill(
+    request: DistillRequest,
+    options: LandOptions,
+    on_plan: Callable[[DistillPlan], None] | None,
+    watch: Watch | None,
+) -> DistillResult:
     with prepare_distillation(request, options) as prepared:
         if on_plan and is_first_process():
             on_plan(prepared.plan)
@@ -115,6 +133,28 @@ def distill(
         if is_first_process():
             claim_distillation(request, prepared)
         return _train_and_land(request, options, prepared, watch)
+
+
+def _with_student(request: DistillRequest, options: LandOptions, scratch: contextlib.ExitStack) -> DistillRequest:
+    """The same request with a student on disk; a dry run makes it in a folder that goes away again."""
+    if request.cut is None:
+        return request
+    student = request.student
+    if is_first_process():
+        require_free_name(student, options)
+    path = request.folder / CUT_FILE
+    if options.dry_run and not path.exists():
+        path = Path(scratch.enter_context(tempfile.TemporaryDirectory(prefix="ollama-forge-"))) / CUT_FILE
+    if not path.exists():
+        text = next((path for path in student.data if path.suffix.lower() in DATA_SUFFIXES and path.is_file()), None)
+        width = {"hidden": Amount(count=request.cut.hidden)} if request.cut.hidden is not None else {}
+        wanted = PruneOptions(
+            n_layers=request.cut.n_layers,
+            width=width,
+            calibration=CalibrationOptions(text=text, device=student.loop.device),
+        )
+        prune_model(resolve(request.teacher, options.store_path), path, wanted, progress=options.progress)
+    return replace(request, student=replace(student, base=str(path)), cut=None)
 
 
 def _with_answers(request: DistillRequest, options: LandOptions, on_answer: OnAnswered | None) -> DistillRequest:
@@ -179,6 +219,7 @@ def _train(
         weights_digest(prepared.teacher_gguf.path) if is_cached else "",
         prepared.plan.n_words,
         request.cache or request.folder / TEACHER_FOLDER,
+        prepared.aligned,
     )
     n_tokens = sum(len(row.input_ids) for row in rows.all)
     progress = options.progress if is_cached and is_first_process() else no_progress

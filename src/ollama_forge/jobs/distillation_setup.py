@@ -15,8 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ollama_forge.convert.plan import ConvertOptions, plan_conversion
+from ollama_forge.dataset.align import AlignedRow, align_rows
+from ollama_forge.dataset.chat_format import chat_format_of
 from ollama_forge.dataset.examples import hash_examples
-from ollama_forge.errors import DigestError, ExistsError, TrainingError, UsageError
+from ollama_forge.dataset.render import RenderOptions
+from ollama_forge.dataset.tokenize import TokenizedDataset, tokenize_examples
+from ollama_forge.errors import DatasetError, DigestError, ExistsError, TrainingError, UsageError
 from ollama_forge.files import hash_file, make_folder, write_bytes
 from ollama_forge.gguf.reader import GGUFFile, open_gguf
 from ollama_forge.jobs.conversion import quantize_options
@@ -36,12 +40,20 @@ from ollama_forge.jobs.teacher_answers import AskOptions
 from ollama_forge.jobs.training_plan import TrainingPlan
 from ollama_forge.store.digest import parse_digest
 from ollama_forge.tokenizer.compare import match_vocabularies
-from ollama_forge.train.distill_options import DistillOptions
+from ollama_forge.train.distill_options import DistillOptions, Divergence
 
 TEACHER_FOLDER = "teacher"
 _WAIT_SECONDS = 0.2
 _FLOAT_BYTES = 4
 _LEARNT_FLOATS = 4  # a number, its gradient, and Adam's two moments
+
+
+@dataclass(frozen=True)
+class StudentCut:
+    """A student that is the teacher, cut smaller: layers and channels of the residual stream that stay."""
+
+    n_layers: int | None = None
+    hidden: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,7 @@ class DistillRequest:
         quant: land the student in this quantization; None: as it is.
         cache: folder for the teacher's predictions; None: in the working folder.
         ask: the teacher first answers the questions of the data, and its answers are what both read.
+        cut: the student is made of the teacher first, in the working folder; its `base` is then that file.
     """
 
     student: FinetuneRequest
@@ -62,10 +75,16 @@ class DistillRequest:
     quant: str | None = None
     cache: Path | None = None
     ask: AskOptions | None = None
+    cut: StudentCut | None = None
 
     @property
     def folder(self) -> Path:
         return self.student.folder
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether the two are compared where their tokenizers meet, by sorted probabilities."""
+        return self.options.loss.divergence is Divergence.SORTED
 
 
 @dataclass(frozen=True)
@@ -115,6 +134,7 @@ class PreparedDistillation:
     teacher_gguf: GGUFFile
     plan: DistillPlan
     warnings: tuple[str, ...]
+    aligned: tuple[AlignedRow, ...] = ()
 
 
 def is_first_process() -> bool:
@@ -157,8 +177,42 @@ def prepare_distillation(request: DistillRequest, options: LandOptions) -> Itera
                 why="It predicts what it predicts already.",
                 next="Make a smaller one first: ollama-forge downsize prune REF --keep 70% --name NAME",
             )
+        aligned: tuple[AlignedRow, ...] = ()
+        if request.is_aligned:
+            run, aligned = _align(request, run, gguf)
         plan = _plan(request, run, gguf, n_words)
-        yield PreparedDistillation(run, teacher, gguf, plan, _warnings(run, gguf, plan))
+        yield PreparedDistillation(run, teacher, gguf, plan, _warnings(request, run, gguf, plan), aligned)
+
+
+def _align(request: DistillRequest, run: PreparedRun, teacher: GGUFFile) -> tuple[PreparedRun, tuple[AlignedRow, ...]]:
+    """The run with labels only where both tokenizers begin a token, and the teacher's side of each row."""
+    student = request.student
+    chat_format = chat_format_of(teacher.metadata)
+    found: list[AlignedRow] = []
+    parts: list[TokenizedDataset | None] = []
+    for examples, part in ((run.examples, run.train), (run.held, run.validation)):
+        if part is None:
+            parts.append(None)
+            continue
+        theirs = tokenize_examples(
+            examples,
+            chat_format,
+            max_length=student.max_length,
+            options=RenderOptions(learn=student.learn),
+            overlong=student.overlong,
+        )
+        rows = align_rows(part.rows, theirs.rows, run.chat_format.tokenizer, chat_format.tokenizer)
+        if not rows:
+            raise DatasetError(
+                f"In none of {len(part.rows)} examples do the tokenizers of both models meet",
+                why="Their answers are shown differently, or cut off.",
+                next="Let the teacher write answers instead: --align text",
+            )
+        found += rows
+        parts.append(replace(part, rows=tuple(row.student for row in rows)))
+    train, validation = parts
+    assert train is not None
+    return replace(run, train=train, validation=validation), tuple(found)
 
 
 def check_models(request: DistillRequest, options: LandOptions) -> tuple[ResolvedModel, int]:
@@ -174,6 +228,9 @@ def check_models(request: DistillRequest, options: LandOptions) -> tuple[Resolve
     if request.quant is not None:
         quantize_options(request.quant)
     teacher = resolve(request.teacher, options.store_path)
+    if request.is_aligned:
+        resolve(request.student.base, options.store_path)
+        return teacher, 0
     return teacher, _shared_words(request, resolve(request.student.base, options.store_path), teacher)
 
 
@@ -226,10 +283,10 @@ def _count(shape: tuple[int, ...]) -> int:
     return total
 
 
-def _warnings(run: PreparedRun, teacher: GGUFFile, plan: DistillPlan) -> tuple[str, ...]:
+def _warnings(request: DistillRequest, run: PreparedRun, teacher: GGUFFile, plan: DistillPlan) -> tuple[str, ...]:
     warnings = [text for text in run.warnings if "This run wants about" not in text]
     key = "tokenizer.chat_template"
-    if run.gguf.metadata.get(key) != teacher.metadata.get(key):
+    if run.gguf.metadata.get(key) != teacher.metadata.get(key) and not request.is_aligned:
         warnings.append(
             "Teacher and student have different chat templates: the teacher reads what the student's template renders."
         )

@@ -19,9 +19,15 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 def decode_tokens(tokenizer: GGUFTokenizer, ids: Iterable[int]) -> str:
     """The text that some tokens spell; ids that the vocabulary does not have are left out."""
+    return b"".join(token_bytes(tokenizer, token_id) for token_id in ids).decode("utf-8", "replace")
+
+
+def token_bytes(tokenizer: GGUFTokenizer, token_id: int) -> bytes:
+    """The bytes that one token spells, perhaps a part of a character; none for an id that the vocabulary lacks."""
+    if not 0 <= token_id < tokenizer.n_tokens:
+        return b""
     spell = _spell_byte_level if tokenizer.kind == "gpt2" else _spell_piece
-    pieces = (spell(tokenizer.tokens[token_id]) for token_id in ids if 0 <= token_id < tokenizer.n_tokens)
-    return b"".join(pieces).decode("utf-8", "replace")
+    return spell(tokenizer.tokens[token_id])
 
 
 @functools.cache

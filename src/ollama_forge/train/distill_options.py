@@ -28,17 +28,6 @@ class Divergence(str, Enum):
     SORTED = "sorted"
 
 
-class Align(str, Enum):
-    """What makes two tokenizers comparable.
-
-    `TEXT`: the teacher writes answers, the student learns them as text. `SORTED`: `Divergence.SORTED` at the positions
-    where the tokens of both end at the same letter.
-    """
-
-    TEXT = "text"
-    SORTED = "sorted"
-
-
 @dataclass(frozen=True)
 class DistillLoss:
     """What is minimised: ce_weight x cross-entropy + (1 - ce_weight) x temperature^2 x divergence.
@@ -111,6 +100,12 @@ class DistillOptions:
                 "--cache does not go with --on-policy",
                 why="What the student will say is not known beforehand, so nothing can be kept of the teacher.",
                 next="Leave one of them out.",
+            )
+        if self.loss.divergence is Divergence.SORTED and (self.cached_words or self.on_policy.share):
+            raise UsageError(
+                "--cache and --on-policy do not go with --align sorted",
+                why="The two models read different tokens.",
+                next="Leave them out.",
             )
 
 

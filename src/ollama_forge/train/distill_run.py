@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
+from ollama_forge.dataset.align import AlignedRow
 from ollama_forge.gguf.imatrix import write_imatrix
 from ollama_forge.gguf.reader import GGUFFile
 from ollama_forge.train.distill import StudentRows, distil_student
@@ -22,7 +23,7 @@ from ollama_forge.train.importance import gather_importance
 from ollama_forge.train.load import load_packed
 from ollama_forge.train.options import IMPORTANCE_FILE, LoopOptions, LoraOptions, Watch
 from ollama_forge.train.run import IMPORTANCE_ROWS, SMALL_MODEL_BYTES
-from ollama_forge.train.teacher import PackedTeacher, Teacher, packed_teacher
+from ollama_forge.train.teacher import AlignedTeacher, PackedTeacher, Teacher, packed_teacher
 from ollama_forge.train.teacher_cache import CacheFacts, build_cache, hash_rows
 
 
@@ -34,12 +35,14 @@ class TeacherFile:
         sha256: of the file; what the cache of its predictions is known by.
         n_words: of the vocabulary that it shares with the student.
         cache: where its predictions are kept, if they are.
+        aligned: for a teacher with another tokenizer, all rows side by side, in the order of the student's.
     """
 
     gguf: GGUFFile
     sha256: str
     n_words: int
     cache: Path
+    aligned: Sequence[AlignedRow] = ()
 
 
 def run_distillation(
@@ -63,6 +66,7 @@ def run_distillation(
         on_asked: called with the number of tokens that the teacher has read for its cache.
     """
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         if student.size_bytes < SMALL_MODEL_BYTES:
@@ -113,6 +117,8 @@ def _find_teacher(
             loaded.to(torch.device("cuda", torch.cuda.current_device()))
         return loaded
 
+    if teacher.aligned:
+        return AlignedTeacher(load(), teacher.aligned)
     if not options.cached_words:
         return load()
     return build_cache(load, rows.all, cache_facts(teacher, rows, options), teacher.cache, advance=on_asked)

@@ -6,12 +6,13 @@ batch. A teacher never learns; its logits exist a chunk at a time only, while th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from ollama_forge.dataset.align import AlignedRow
 from ollama_forge.errors import TrainingError
 from ollama_forge.train.distill_loss import LOWEST_LOG, DenseTargets, SparseTargets, Targets
 from ollama_forge.train.load import PackedModel
@@ -57,6 +58,34 @@ class PackedTeacher:
 
     def to(self, device: torch.device) -> None:
         self.packed.model.to(device)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, eq=False)
+class AlignedTeacher:
+    """A model with another tokenizer, which reads each example as its own template and tokens have it.
+
+    Attributes:
+        rows: in the order of the numbers of the data's rows.
+    """
+
+    teacher: PackedTeacher
+    rows: Sequence[AlignedRow]
+
+    @torch.no_grad()
+    def targets(self, batch: Batch) -> DenseTargets:
+        """Its predictions at the places that answer the student's labels."""
+        device = batch["input_ids"].device
+        model = self.teacher.packed.model.base_model
+        states = []
+        for number in batch["row"].tolist():
+            row = self.rows[number]
+            ids = torch.tensor([row.teacher_ids], device=device)
+            hidden = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state[0]
+            states.append(hidden[torch.tensor(row.places, device=device) - 1])
+        return DenseTargets(torch.cat(states), self.teacher.head)
+
+    def to(self, device: torch.device) -> None:
+        self.teacher.to(device)
 
 
 def packed_teacher(packed: PackedModel) -> PackedTeacher:

@@ -136,7 +136,7 @@ def build_cache(
         assert asked is not None
         part = rows[number * ROWS_PER_FILE : (number + 1) * ROWS_PER_FILE]
         write_bytes(_file(place, number), _ask(asked, part, facts, advance), overwrite=True)
-    if rank == 0:
+    if rank == 0 and not (place / FACTS_FILE).exists():
         write_bytes(place / FACTS_FILE, json.dumps(asdict(facts), indent=2, sort_keys=True).encode(), overwrite=True)
     while not all(_file(place, number).exists() for number in missing):
         time.sleep(_WAIT_SECONDS)  # another process of this run is at it
