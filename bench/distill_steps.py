@@ -1,0 +1,97 @@
+"""Child of `distilling.py`: load teacher and student one way, take some LoRA distillation steps, print them as JSON.
+
+python bench/distill_steps.py packed|trl TEACHER.gguf STUDENT.gguf TOKENS STEPS THREADS
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+from ollama_forge.train.distill import install_distill_loss
+from ollama_forge.train.distill_options import DistillLoss
+from ollama_forge.train.load import load_packed
+from ollama_forge.train.teacher import packed_teacher
+
+Step = Callable[[torch.Tensor], torch.Tensor]
+
+
+def adapted(model: PreTrainedModel) -> Any:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config).train()
+
+
+def packed_step(teacher_path: Path, student_path: Path) -> tuple[Any, Step]:
+    """Ours: both models packed, the loss from hidden states and packed heads."""
+    teacher, student = packed_teacher(load_packed(teacher_path)), load_packed(student_path).model
+    learner = adapted(student)
+    install_distill_loss(student, DistillLoss())
+
+    def step(ids: torch.Tensor) -> torch.Tensor:
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        loss: torch.Tensor = learner(**batch, teacher_targets=teacher.targets(batch)).loss
+        return loss
+
+    return learner, step
+
+
+def trl_step(teacher_path: Path, student_path: Path) -> tuple[Any, Step]:
+    """TRL's kernel for its distillation trainer, over transformers' dequantized float32 copies."""
+
+    def dense(path: Path) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+
+    teacher, student = dense(teacher_path).eval(), dense(student_path)
+    learner = adapted(student)
+
+    def step(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            seen = teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+        hidden = student.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+        head = student.get_output_embeddings()
+        weight = getattr(head, "base_layer", head).weight
+        divergence, _ = ChunkedDivergenceFunction.apply(hidden, weight, None, seen, teacher.lm_head.weight, None, 0.0)
+        return divergence.mean()
+
+    return learner, step
+
+
+def main() -> None:
+    kind, teacher_path, student_path = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    n_tokens, n_steps, n_threads = map(int, sys.argv[4:7])
+    torch.set_num_threads(n_threads)
+    torch.manual_seed(0)
+    began = time.perf_counter()
+    learner, step = (packed_step if kind == "packed" else trl_step)(teacher_path, student_path)
+    loaded = time.perf_counter() - began
+    optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], lr=1e-4)
+    vocabulary = learner.config.vocab_size
+    ids = torch.randint(3, vocabulary, (1, n_tokens), generator=torch.Generator().manual_seed(1))
+    seconds = []
+    value = 0.0
+    for _ in range(n_steps + 1):
+        began = time.perf_counter()
+        loss = step(ids)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        value = loss.item()
+        del loss
+        seconds.append(time.perf_counter() - began)
+    # The first step also makes the optimizer's state and warms every buffer.
+    print(json.dumps({"load": loaded, "step": statistics.median(seconds[1:]), "loss": value}))
+
+
+if __name__ == "__main__":
+    main()
