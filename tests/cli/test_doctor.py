@@ -206,3 +206,27 @@ def test_json_of_check_and_doctor_have_the_same_form(store: Path) -> None:
     before = tree_hash(store)
     forge("doctor", "--store", store)
     assert tree_hash(store) == before
+
+
+def test_packages_that_are_missing_or_too_old_are_named_with_the_command_that_gets_them(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package's own facts are replaced by those of one that asks for more than is here."""
+    info = tmp_path / "site" / "ollama_forge-9.0.dist-info"
+    info.mkdir(parents=True)
+    wants = ("not-there-at-all>=1", "click>=99", 'also-not-there>=2; extra == "train"')
+    lines = ["Metadata-Version: 2.1", "Name: ollama-forge", "Version: 9.0", "Provides-Extra: train"]
+    (info / "METADATA").write_text("\n".join([*lines, *(f"Requires-Dist: {want}" for want in wants)]) + "\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    found = findings("--store", store, code=1)
+    assert found["packages"]["state"] == "missing"
+    assert (
+        "not installed: not-there-at-all" in found["packages"]["detail"]
+        and ">=99 is needed" in found["packages"]["detail"]
+    )
+    assert found["training"]["detail"] == "not installed: also-not-there"
+    fixes = forge("doctor", "--plan", "--json", "--store", store).document["fixes"]
+    assert fixes[0]["command"][-2:] == ["not-there-at-all>=1", "click>=99"] and fixes[0]["needed"]
+    assert fixes[-1]["command"][-1] == "also-not-there>=2" and not fixes[-1]["needed"]
+    wanted = forge("doctor", "--plan", "--fix-extra", "train", "--json", "--store", store).document["fixes"]
+    assert all(fix["needed"] for fix in wanted)

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from ollama_forge.jobs.doctor_machine import disk_findings, gpu_findings, memory_now_finding
 from ollama_forge.jobs.doctor_store import server_findings, store_findings
 from ollama_forge.jobs.environment import Finding, State, engine_finding, python_finding
+from ollama_forge.jobs.external_program import quoted
 from ollama_forge.jobs.native_tools import find_native_tools
 
 PACKAGE = "ollama-forge"
@@ -108,26 +109,28 @@ def packages_finding(extra: str, name: str) -> Finding:
     """What the package itself needs (`extra` empty), or an optional part: which packages are missing or too old."""
     from packaging.requirements import Requirement
 
-    wrong, have = [], []
+    missing, wrong, have = [], [], []
     for text in requirements_of(extra):
         wanted = Requirement(text)
         try:
             version = importlib.metadata.version(wanted.name)
         except importlib.metadata.PackageNotFoundError:
-            wrong.append((text, f"{wanted.name} is not installed"))
+            missing.append(text)
             continue
         if wanted.specifier.contains(version, prereleases=True):
             have.append(f"{wanted.name} {version}")
         else:
             wrong.append((text, f"{wanted.name} {version} is here, {wanted.specifier} is needed"))
-    if not wrong:
+    if not missing and not wrong:
         return Finding(name, State.OK, ", ".join(have))
+    words = [f"not installed: {', '.join(Requirement(text).name for text in missing)}"] if missing else []
+    command = pip_command([*missing, *(text for text, _ in wrong)])
     return Finding(
         name,
         State.OPTIONAL if extra else State.MISSING,
-        "; ".join(words for _, words in wrong),
-        f"pip install '{PACKAGE}[{extra}]'" if extra else f"pip install -U {PACKAGE}",
-        fix=pip_command([text for text, _ in wrong]),
+        "; ".join([*words, *(reason for _, reason in wrong)]),
+        f"pip install '{PACKAGE}[{extra}]'" if extra else quoted(command),
+        fix=command,
     )
 
 
