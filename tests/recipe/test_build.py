@@ -13,6 +13,7 @@ from kill import kill_forks
 from loopback_ollama import LoopbackOllama
 from tiny_adapters import build_adapter
 
+from ollama_forge.registry.registry_file import lock_registry
 from ollama_forge.store.catalog import open_store
 from ollama_forge.store.verify import verify_store
 
@@ -257,3 +258,25 @@ def test_a_quantized_base_is_quantized_again_only_when_the_recipe_says_so(place:
         assert ended.code == 1 and "`allow_requantize: ...`" in ended.document["error"]["next"]
     done = forge_json("build", write(place, text + "allow_requantize: true\n"), "--store", place / "store")
     assert done["steps_done"] == 1 and forge_json("show", "m", "--store", place / "store")["quantization"] == "Q4_0"
+
+
+def test_the_steps_files_may_go_once_the_model_is_landed(place: Path, home: Path) -> None:
+    recipe = write(place, "name: m\ncheckpoint: model\nsteps:\n  - merge: lora\n  - quantize: Q4_K_M\n")
+    done = forge_json("build", recipe, "--no-keep-steps", "--store", place / "store")
+    assert done["kept_bytes"] == 0 and list((home / "builds" / "steps").iterdir()) == []
+    before = tree_hash(place), tree_hash(home)
+    again = forge_json("build", recipe, "--store", place / "store")
+    assert again["up_to_date"] and again["steps_cached"] == 2 and (tree_hash(place), tree_hash(home)) == before
+    (place / "recipe.lock").unlink()
+    assert forge_json("build", recipe, "--store", place / "store")["lock_written"]
+    assert "outputs" in json.loads((place / "recipe.lock").read_text())["steps"][1]
+    assert forge_json("build", recipe, "--locked", "--store", place / "other")["digest"] == done["digest"]
+
+
+def test_two_builds_do_not_do_the_same_step_at_once(place: Path, home: Path) -> None:
+    recipe = write(place, "name: m\ncheckpoint: model\nsteps: [{quantize: Q4_K_M}]\n")
+    key = forge_json("build", recipe, "--dry-run", "--store", place / "store")["steps"][0]["key"]
+    with lock_registry(home / "builds" / "steps" / f"quantize-{key}" / "step"):
+        busy = forge("build", recipe, "--store", place / "store", "--json")
+    assert busy.code == 1 and "Another build is doing" in busy.document["error"]["what"]
+    assert forge_json("build", recipe, "--store", place / "store")["steps_done"] == 1

@@ -18,16 +18,25 @@ if TYPE_CHECKING:
     from ollama_forge.train.options import StepReport
 
 
+_WORTH_TELLING_BYTES = 100_000_000
+
+
 @click.command("build", epilog="Example: ollama-forge build recipe.yaml   (then again: nothing is left to do)")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A variable of the recipe.")
 @click.option("--locked", is_flag=True, help="Refuse whatever differs from recipe.lock: commits, files, versions.")
+@click.option(
+    "--keep-steps/--no-keep-steps",
+    default=True,
+    help="Keep what the steps made, for the next build (default), or remove it once the model is landed.",
+)
 @click.option("--validate-only", is_flag=True, help="Only look for errors, as validate-recipe does.")
 @landing_options
 def command(
     recipe: Path,
     settings: tuple[str, ...],
     locked: bool,
+    keep_steps: bool,
     validate_only: bool,
     options: LandOptions,
     console: Console,
@@ -47,7 +56,7 @@ def command(
         return
     read = read_recipe(recipe, dict(parse_assignments(settings, "--set")))
     line = ProgressLine(console)
-    done = build_recipe(read, options, locked=locked, say=console.say, watch=line)
+    done = build_recipe(read, options, locked=locked, keep_steps=keep_steps, say=console.say, watch=line)
     line.end()
     note_landed(done.landed.name if done.landed else read.name)
     for warning in dict.fromkeys((*done.warnings, *(done.landed.warnings if done.landed else ()))):
@@ -100,6 +109,11 @@ def _show(console: Console, done: Build) -> None:
         console.line(f"{step.kind:<10} {words}")
     assert done.landed is not None
     show_landed(console, done.landed)
+    if done.kept_bytes > _WORTH_TELLING_BYTES:
+        kept = human_bytes(done.kept_bytes)
+        console.say(
+            f"  {kept} of steps are kept in {done.plan.work.root} for the next build; --no-keep-steps removes them"
+        )
     if done.is_lock_written:
         console.say(f"  {done.lock.name} records what it was made of; build --locked makes exactly this again.")
 

@@ -7,7 +7,7 @@ goes on at the step that it was in.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ollama_forge.recipe.lock import Lock, lock_path, read_lock, refuse_drift, w
 from ollama_forge.recipe.plan import BuildPlan, PlannedStep, landed_key, modelfile_text, plan_build, versions_of
 from ollama_forge.recipe.read import Recipe
 from ollama_forge.recipe.steps import Workbench, current_model, run_step
-from ollama_forge.recipe.work import DONE, StepResult
+from ollama_forge.recipe.work import DONE, LandedRecord, StepResult
 from ollama_forge.store.catalog import open_store
 from ollama_forge.store.land import require_free_name
 from ollama_forge.store.modelfile import Modelfile
@@ -83,13 +83,18 @@ class Build:
     def is_dry_run(self) -> bool:
         return self.estimate is not None
 
+    @property
+    def kept_bytes(self) -> int:
+        """Disk that the steps' files take beside the store."""
+        return sum(self.plan.work.size_of(step.kind, step.key) for step in self.plan.steps)
+
     def document(self) -> dict[str, Any]:
         """The JSON form."""
         landed = self.landed
         return {
             "recipe": str(self.plan.recipe.path),
             "name": landed.name if landed else self.plan.recipe.name,
-            "digest": landed.digest if landed else self.plan.landed or "",
+            "digest": landed.digest if landed else self.plan.landed.digest if self.plan.landed else "",
             "key": self.plan.key,
             "up_to_date": self.is_up_to_date,
             "steps": [step.document() for step in self.steps],
@@ -98,6 +103,7 @@ class Build:
             "written_bytes": sum(step.written_bytes for step in self.steps) + (landed.written_bytes if landed else 0),
             "downloaded_bytes": self.downloaded_bytes,
             "source": dict(self.plan.source.facts),
+            "kept_bytes": self.kept_bytes,
             "lock": str(self.lock),
             "lock_written": self.is_lock_written,
             "landed": landed.document() if landed else None,
@@ -113,6 +119,7 @@ def build_recipe(
     options: LandOptions,
     *,
     locked: bool = False,
+    keep_steps: bool = True,
     say: Say = lambda _text: None,
     watch: Watch | None = None,
 ) -> Build:
@@ -120,6 +127,7 @@ def build_recipe(
 
     Args:
         locked: refuse whatever differs from the recipe's lock.
+        keep_steps: leave what the steps made, so that the next build of a changed recipe need not make it again.
 
     Raises:
         RecipeError: the lock says otherwise; or a step made other bytes than were locked.
@@ -129,105 +137,122 @@ def build_recipe(
     started = time.monotonic()
     lock = read_lock(recipe.path) if locked else None
     plan = plan_build(recipe, options.store_path, lock=lock, progress=options.progress, server=options.server)
-    document = lock_document(plan, {})
     if lock is not None:
-        refuse_drift(lock, document)
+        refuse_drift(lock, lock_document(plan, {}))
     if plan.source.said:
         say(plan.source.said)
-    cached = tuple(_cached(step) for step in plan.steps)
     if plan.landed is not None:
-        path, is_written = lock_path(recipe.path), False
-        if not locked and not options.dry_run:
-            plan.fingerprints.save()
-            results = {step.number: step.result for step in plan.steps if step.result is not None}
-            is_written = write_lock(path, {**lock_document(plan, results), "model": {"digest": plan.landed}})
-        seconds = time.monotonic() - started
-        estimate = BuildEstimate() if options.dry_run else None
-        return Build(plan, cached, True, None, path, is_written, 0, seconds, estimate, plan.source.warnings)
+        return _nothing_to_do(plan, is_dry_run=options.dry_run, is_locked=locked, started=started)
     _require_free_name(plan, options)
     if options.dry_run:
-        estimate = estimate_build(plan, options)
-        steps = tuple(step if step.state == "cached" else replace(step, state="planned") for step in cached)
-        missing, seconds = plan.source.missing_bytes, time.monotonic() - started
-        path = lock_path(recipe.path)
-        return Build(plan, steps, False, None, path, False, missing, seconds, estimate, plan.source.warnings)
-    return _build(plan, options, lock, say, watch, started)
+        return Build(
+            plan,
+            tuple(_cached(step) for step in plan.steps),
+            False,
+            None,
+            lock_path(recipe.path),
+            False,
+            plan.source.missing_bytes,
+            time.monotonic() - started,
+            estimate_build(plan, options),
+            plan.source.warnings,
+        )
+    built = _build(plan, options, lock, say, watch, started)
+    if not keep_steps:
+        for step in plan.steps:
+            plan.work.discard(step.kind, step.key)
+    return built
+
+
+def _nothing_to_do(plan: BuildPlan, *, is_dry_run: bool, is_locked: bool, started: float) -> Build:
+    """The model is there. Only what somebody has taken away is written again: a lock, remembered hashes."""
+    assert plan.landed is not None
+    path, is_written = lock_path(plan.recipe.path), False
+    if not (is_locked or is_dry_run):
+        plan.fingerprints.save()
+        document = {**lock_document(plan, plan.landed.outputs), "model": {"digest": plan.landed.digest}}
+        is_written = write_lock(path, document)
+    steps = tuple(BuiltStep(step.kind, step.key, "cached") for step in plan.steps)
+    seconds = time.monotonic() - started
+    estimate = BuildEstimate() if is_dry_run else None
+    return Build(plan, steps, True, None, path, is_written, 0, seconds, estimate, plan.source.warnings)
 
 
 def _build(
     plan: BuildPlan, options: LandOptions, lock: Lock | None, say: Say, watch: Watch | None, started: float
 ) -> Build:
-    recipe = plan.recipe
     source = plan.source.fetch()
     plan.fingerprints.save()
-    state, results, built = StepResult(), dict[int, StepResult](), list[BuiltStep]()
     warnings = list(plan.source.warnings)
+    state, outputs, built = _do_steps(plan, source.local, options, lock, warnings, say, watch)
+    say(f"{len(plan.steps) + 1}. create {plan.recipe.name}")
+    if options.server is None:
+        plan.work.write_landed(_landed_key(plan, options), LandedRecord(""))
+    with _building(plan):
+        landed = _land(source.local, state, plan, options, source.projector)
+    path, is_written = lock_path(plan.recipe.path), False
+    if options.server is None:
+        plan.work.write_landed(_landed_key(plan, options), LandedRecord(landed.digest, outputs))
+    if lock is None:
+        is_written = write_lock(path, {**lock_document(plan, outputs), "model": {"digest": landed.digest}})
+    elif lock.digest not in (landed.digest, "") and options.server is None:
+        warnings.append("The finished model has another digest than the locked one.")
+    seconds = time.monotonic() - started
+    missing = plan.source.missing_bytes
+    return Build(plan, built, False, landed, path, is_written, missing, seconds, None, tuple(warnings))
+
+
+def _do_steps(
+    plan: BuildPlan,
+    source: ResolvedModel | None,
+    options: LandOptions,
+    lock: Lock | None,
+    warnings: list[str],
+    say: Say,
+    watch: Watch | None,
+) -> tuple[StepResult, dict[int, dict[str, str]], tuple[BuiltStep, ...]]:
+    """The state after the last step, what each step made, and how it went."""
+    state, outputs, built = StepResult(), dict[int, dict[str, str]](), list[BuiltStep]()
     for index, step in enumerate(plan.steps):
-        if step.result is not None and index < plan.first_to_do:
-            state = results[step.number] = step.result
-            built.append(_cached(step))
-            say(f"{index + 1}. {step.kind}: it is there already")
-            continue
         if index < plan.first_to_do:
-            built.append(_cached(step))  # its files are gone, and nobody needs them: a later step is whole
+            # A step whose files are gone is not needed when a later one is whole.
+            built.append(_cached(step))
+            if step.result is not None:
+                state, outputs[step.number] = step.result, step.result.outputs
+                say(f"{index + 1}. {step.kind}: it is there already")
             continue
         say(f"{index + 1}. {step.kind}")
         begun = time.monotonic()
-        assert source.local is not None
-        bench = Workbench(
-            source.local, state, recipe.folder, step.adapters, options.store_path, options.progress, watch
-        )
-        state = results[step.number] = _run(step, bench, plan)
-        warnings += [str(text) for text in state.facts.get("warnings", ())]
-        _compare_outputs(lock, step, state, warnings)
-        plan.work.write_step(step.kind, step.key, state)
-        folder = plan.work.step_dir(step.kind, step.key)
+        assert source is not None
+        bench = Workbench(source, state, plan.recipe.folder, step.adapters, options.store_path, options.progress, watch)
+        with plan.work.open_step(step.kind, step.key) as folder:
+            state = _run(step, bench, folder, plan)
+            warnings += [str(text) for text in state.facts.get("warnings", ())]
+            _compare_outputs(lock, step, state, warnings)
+            plan.work.write_step(step.kind, step.key, state)
+        outputs[step.number] = state.outputs
         written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != DONE)
         built.append(BuiltStep(step.kind, step.key, "done", time.monotonic() - begun, written, state.facts))
-    say(f"{len(plan.steps) + 1}. create {recipe.name}")
-    if options.server is None:
-        plan.work.write_landed(_landed_key(plan, options), {"digest": None, "name": recipe.name})
-    with _building(plan):
-        landed = _land(source.local, state, plan, options, source.projector)
-    path, is_written = lock_path(recipe.path), False
-    if options.server is None:
-        plan.work.write_landed(_landed_key(plan, options), {"digest": landed.digest, "name": landed.name})
-    if lock is None:
-        document = {**lock_document(plan, results), "model": {"digest": landed.digest}}
-        is_written = write_lock(path, document)
-    elif lock.document.get("model", {}).get("digest") not in (landed.digest, None) and options.server is None:
-        warnings.append("The finished model has another digest than the locked one.")
-    return Build(
-        plan,
-        tuple(built),
-        False,
-        landed,
-        path,
-        is_written,
-        plan.source.missing_bytes,
-        time.monotonic() - started,
-        None,
-        tuple(warnings),
-    )
+    return state, outputs, tuple(built)
 
 
-def _run(step: PlannedStep, bench: Workbench, plan: BuildPlan) -> StepResult:
+def _run(step: PlannedStep, bench: Workbench, folder: Path, plan: BuildPlan) -> StepResult:
     try:
-        return run_step(step.step, bench, plan.work.open_step(step.kind, step.key))
+        return run_step(step.step, bench, folder)
     except InterruptedRunError as exc:
         next_step = f"ollama-forge build {plan.recipe.path}   (it goes on where it was)"
         raise InterruptedRunError(exc.what, why=exc.why, next=next_step) from exc
 
 
-def lock_document(plan: BuildPlan, results: dict[int, StepResult]) -> dict[str, Any]:
-    """What the lock says of a plan; with what the steps made, where that is known."""
+def lock_document(plan: BuildPlan, outputs: Mapping[int, Mapping[str, str]]) -> dict[str, Any]:
+    """What the lock says of a plan; with what the steps made, by their numbers, where that is known."""
     steps = []
     for step in plan.steps:
         entry: dict[str, Any] = {"kind": step.kind, "options": step.options, "inputs": dict(step.inputs)}
         if step.commits:
             entry["commits"] = step.commits
-        if step.number in results:
-            entry["outputs"] = results[step.number].outputs
+        if step.number in outputs:
+            entry["outputs"] = dict(outputs[step.number])
         steps.append(entry)
     return {
         "schema": 1,

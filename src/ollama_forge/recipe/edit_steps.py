@@ -122,7 +122,7 @@ def _abliterate_request(step: AbliterateStep, bench: EditBench, folder: Path) ->
         n_trial_prompts=step.num_eval_prompts,
         n_prompts=step.num_prompts,
         quant=step.quant,
-        keeps_types=step.no_requantize,
+        keeps_types=step.quant is None,
         imatrix=bench.locate(step.imatrix) if step.imatrix else None,
         markers=bench.locate(step.markers) if step.markers else None,
         max_tokens=step.max_tokens,

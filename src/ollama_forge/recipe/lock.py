@@ -32,6 +32,12 @@ class Lock:
         """The commit of the source's repo; empty for others."""
         return str(self.document["source"].get("commit", ""))
 
+    @property
+    def digest(self) -> str:
+        """The model that came out; empty where that is not said."""
+        model = self.document.get("model")
+        return str(model.get("digest", "")) if isinstance(model, dict) else ""
+
     def step_commits(self, number: int) -> dict[str, str]:
         """The commits of a step's adapters, by the recipe's words for them."""
         steps = self.document["steps"]

@@ -25,7 +25,7 @@ from ollama_forge.recipe.read import Recipe
 from ollama_forge.recipe.schema import AdapterStep, MergeStep, Part, QuantizeStep
 from ollama_forge.recipe.source import FoundSource, find_source
 from ollama_forge.recipe.wishes import combined_wishes
-from ollama_forge.recipe.work import StepResult, WorkFolder, open_work_folder
+from ollama_forge.recipe.work import LandedRecord, StepResult, WorkFolder, open_work_folder
 from ollama_forge.source.ref import looks_like_path
 from ollama_forge.store.catalog import open_store
 from ollama_forge.store.modelfile import Modelfile, render_modelfile
@@ -81,7 +81,7 @@ class BuildPlan:
     Attributes:
         changes: what the model says beside its weights.
         key: of the whole model.
-        landed: the digest of the model that is there already and is this one.
+        landed: the record of the model that is there already and is this one.
     """
 
     recipe: Recipe
@@ -91,7 +91,7 @@ class BuildPlan:
     key: str
     work: WorkFolder
     fingerprints: Fingerprints
-    landed: str | None = None
+    landed: LandedRecord | None = None
 
     @property
     def first_to_do(self) -> int:
@@ -236,11 +236,11 @@ def _version(package: str) -> str:
     return ""
 
 
-def _find_landed(work: WorkFolder, recipe: Recipe, key: str, store_path: Path | None) -> str | None:
+def _find_landed(work: WorkFolder, recipe: Recipe, key: str, store_path: Path | None) -> LandedRecord | None:
     store = open_store(store_path)
     name = store.canonical(recipe.name)
     known = work.read_landed(landed_key(key, store.models_dir, name.display))
     raw = store.read_manifest_bytes(name)
-    if not known or raw is None or hashlib.sha256(raw).hexdigest() != known.get("digest"):
+    if known is None or raw is None or hashlib.sha256(raw).hexdigest() != known.digest:
         return None
-    return str(known["digest"])
+    return known

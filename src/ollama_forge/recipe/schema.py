@@ -230,7 +230,6 @@ class AbliterateStep(Part):
     projected: bool = False
     embedding: bool = True
     quant: FileTypeName | None = None
-    no_requantize: bool = False
     max_tokens: Positive = 256
     trial_tokens: Annotated[int, Field(ge=4)] = 40
     seed: int = 0

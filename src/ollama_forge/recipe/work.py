@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ollama_forge.errors import RecipeError, RegistryError
 from ollama_forge.files import make_folder, write_bytes
-from ollama_forge.registry.registry_file import forge_home
+from ollama_forge.registry.registry_file import forge_home, lock_registry
 
 DONE = "done.json"
 _KEY_DIGITS = 24
@@ -38,6 +40,19 @@ class StepResult:
     template: str | None = None
     outputs: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LandedRecord:
+    """A finished build.
+
+    Attributes:
+        digest: of the manifest; empty while it is being landed.
+        outputs: what each step made, SHA-256 by file name.
+    """
+
+    digest: str
+    outputs: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,24 +104,54 @@ class WorkFolder:
         path = self.step_dir(kind, key) / DONE
         write_bytes(path, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode(), overwrite=True)
 
-    def open_step(self, kind: str, key: str) -> Path:
-        """The folder of a step that is to be done (again)."""
+    @contextlib.contextmanager
+    def open_step(self, kind: str, key: str) -> Iterator[Path]:
+        """The folder of a step that is to be done (again), for one process at a time.
+
+        Raises:
+            RecipeError: another build is doing this step.
+        """
         folder = self.step_dir(kind, key)
         make_folder(folder)
-        with contextlib.suppress(FileNotFoundError):
-            (folder / DONE).unlink()
-        return folder
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(lock_registry(folder / "step", timeout_seconds=0))
+            except RegistryError as exc:
+                raise RecipeError(
+                    f"Another build is doing the step `{kind}`",
+                    why=f"It works in {str(folder)!r}.",
+                    next="Wait for it to end; its result will be used by this one.",
+                ) from exc
+            with contextlib.suppress(FileNotFoundError):
+                (folder / DONE).unlink()
+            yield folder
+
+    def size_of(self, kind: str, key: str) -> int:
+        """Bytes that a step keeps here; what it shares with Ollama's store (a file of two names) does not count."""
+        found = (path.stat() for path in self.step_dir(kind, key).rglob("*") if path.is_file())
+        return sum(status.st_size for status in found if status.st_nlink == 1)
 
     def discard(self, kind: str, key: str) -> None:
         """Give a step's disk back."""
         shutil.rmtree(self.step_dir(kind, key), ignore_errors=True)
 
-    def read_landed(self, key: str) -> dict[str, Any] | None:
-        """Which model a recipe came to, if it did."""
-        return _read_json(self.root / "landed" / f"{key}.json")
+    def read_landed(self, key: str) -> LandedRecord | None:
+        """Which model a recipe came to, if it did or was about to."""
+        found = _read_json(self.root / "landed" / f"{key}.json")
+        if found is None:
+            return None
+        try:
+            outputs = {int(number): dict(hashes) for number, hashes in found["outputs"].items()}
+            return LandedRecord(str(found["digest"]), outputs)
+        except (KeyError, ValueError, TypeError, AttributeError):
+            return None
 
-    def write_landed(self, key: str, document: dict[str, Any]) -> None:
+    def write_landed(self, key: str, record: LandedRecord) -> None:
         """Remember which model a recipe came to."""
+        document = {
+            "digest": record.digest,
+            "outputs": {str(number): dict(hashes) for number, hashes in record.outputs.items()},
+        }
         path = self.root / "landed" / f"{key}.json"
         write_bytes(path, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode(), overwrite=True)
 
