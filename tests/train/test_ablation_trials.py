@@ -73,16 +73,18 @@ def test_a_live_edit_gives_the_logits_of_the_written_one(family: str, options: A
     assert torch.equal(logits_of(packed), before), "switched off it is the model that it was"
 
 
-def test_a_batch_is_answered_as_each_prompt_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt2", "qwen3_moe"])
+def test_a_batch_is_answered_as_each_prompt_alone(family: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    write_gguf_of(dense_model("llama"), "llama", tmp_path / "m.gguf", GGMLType.F32)
+    write_gguf_of(dense_model(family), family, tmp_path / "m.gguf", GGMLType.F32)
     packed = load_packed(tmp_path / "m.gguf")
-    prompts = [[5, 9], [17, 3, 200, 31, 7], [40], [8, 8, 8]]
+    prompts = [[5, 9], [17, 3, 200, 31, 7, 9, 44, 101, 12, 13, 60], [40], [8, 8, 8]]
     together = generate_greedily(packed, prompts, frozenset(), 6)
     assert [len(answer) for answer in together] == [6] * 4
     assert list(together) == [generate_greedily(packed, [prompt], frozenset(), 6)[0] for prompt in prompts]
-    ends = frozenset({together[1][2]})
-    assert generate_greedily(packed, prompts, ends, 6)[1] == together[1][:3]
+    end = together[1][2]
+    stopped = generate_greedily(packed, prompts, frozenset({end}), 6)
+    assert stopped[1] == together[1][: together[1].index(end) + 1]
 
 
 def test_a_trial_of_no_strength_is_the_untouched_model(tmp_path: Path) -> None:

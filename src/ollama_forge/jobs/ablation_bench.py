@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from ollama_forge.dataset.chat_format import ChatFormat, chat_format_of
 from ollama_forge.dataset.refusal_markers import Markers
 from ollama_forge.dataset.render import render_prompt
-from ollama_forge.dataset.verdicts import Kind, Tally, count_verdicts, doubt_answer, judge_answer
-from ollama_forge.errors import DatasetError
+from ollama_forge.dataset.verdicts import Kind, Tally, count_verdicts, doubt_answer, judge_answer, without_thoughts
+from ollama_forge.errors import DatasetError, UsageError
 from ollama_forge.gguf.reader import GGUFFile
 from ollama_forge.jobs.refusal_answers import require_template
 from ollama_forge.jobs.resolve import ResolvedModel
@@ -96,6 +96,7 @@ class AblationBench:
         self._markers = markers
         self.n_layers = checkpoint.config.n_layers
         self.untouched = TrialScore(self._judge(trials.harmful_answers), 0.0, 0.0)
+        self._require_answers(trials.harmful_answers)
         self.untouched_harmless = self._judge(trials.harmless_answers)
 
     def measure(self, options: AblationOptions) -> TrialScore:
@@ -110,16 +111,28 @@ class AblationBench:
         found = self._trials.measure(projections)
         return TrialScore(self._judge(found.answers, found.surprises), found.first_kl, found.answer_kl)
 
-    def _judge(self, answers: Sequence[Sequence[int]], surprises: Sequence[float | None] = ()) -> Tally:
+    def _require_answers(self, answers: Sequence[Sequence[int]]) -> None:
+        """Refuse to try anything on a model that is still thinking when its answer ends."""
+        thoughts = [without_thoughts(text) is None for text in self._texts(answers)]
+        if sum(thoughts) > len(thoughts) / 2:
+            raise UsageError(
+                f"{sum(thoughts)} of {len(thoughts)} answers of the untouched model are thoughts that do not end",
+                why="It thinks before it answers, so within so few tokens nobody sees whether it refuses.",
+                next="Let it speak longer: --trial-tokens 400, and --max-tokens 1000.",
+            )
+
+    def _texts(self, answers: Sequence[Sequence[int]]) -> list[str]:
         ends = self._chat_format.end_ids
-        texts = (
+        return [
             decode_tokens(self._chat_format.tokenizer, [token for token in answer if token not in ends])
             for answer in answers
-        )
+        ]
+
+    def _judge(self, answers: Sequence[Sequence[int]], surprises: Sequence[float | None] = ()) -> Tally:
         known = surprises or [None] * len(answers)
         return count_verdicts(
             doubt_answer(judge_answer(text, self._markers), surprise)
-            for text, surprise in zip(texts, known, strict=True)
+            for text, surprise in zip(self._texts(answers), known, strict=True)
         )
 
 

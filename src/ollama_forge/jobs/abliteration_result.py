@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from ollama_forge.errors import CheckError, NotFoundError
-from ollama_forge.files import hash_file, write_bytes
+from ollama_forge.files import write_bytes
 from ollama_forge.jobs.abliteration_work import AbliterationWork, EditedModel
 from ollama_forge.jobs.landing import LandedModel, land_gguf
 from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, working
@@ -163,15 +163,15 @@ def land_result(
     is_own = work.options.server is None and _own_digest(work, request.name) == edited.sha256
     land_options = replace(work.options, overwrite=True) if is_own else work.options
     projector = work.model.installed.projector if work.model.installed is not None else None
-    prompts = [file_ingredient(path, "prompts") for path in request.prompt_files if path.is_file()]
+    files = [file_ingredient(path, "prompts") for path in request.prompt_files if path.is_file()]
+    files.append(file_ingredient(work.directions_path, "directions"))
     with working(
         "abliterate",
-        [ingredient_of(work.resolved), *prompts],
+        [ingredient_of(work.resolved), *files],
         scores,
-        ablation=options,
-        compute=request.compute,
+        ablation=asdict(options),
+        compute=asdict(request.compute),
         quant=work.quant,
-        directions=hash_file(work.directions_path).sha256,
         matrices=dict(edited.matrices),
         **facts,
     ):

@@ -249,6 +249,8 @@ class AbliterationWork:
                     f"{self.request.trial_tokens} tokens: there is little to take out, or the markers do not know how "
                     "it refuses (--markers)."
                 )
+            if self.request.ablation.norm_preserving:
+                self.warnings.append("Trials are judged without --norm-preserving, and the written model with it.")
             yield bench
 
     @property

@@ -30,6 +30,7 @@ from ollama_forge.errors import (
     ForgeError,
     MissingExtraError,
     NotFoundError,
+    RegistryError,
     TrainingError,
     UnsupportedError,
     UsageError,
@@ -246,8 +247,8 @@ def find_parent(ref: str, store_path: Path | None = None) -> str | None:
         if model.installed is None:
             return None
         origin = trace_origin(read_registry(find_registry()), f"sha256:{model.installed.digest}")
-    except (NotFoundError, DatasetError):
-        return None
+    except (NotFoundError, RegistryError):
+        return None  # it is not recorded; what is damaged is `registry verify`'s to say
     for parent in origin.parents:
         if parent.role == "base" and parent.ref and parent.digest != origin.digest:
             try:

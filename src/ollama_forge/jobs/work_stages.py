@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ollama_forge.errors import ExistsError, FormatError
-from ollama_forge.files import make_folder, write_bytes
+from ollama_forge.files import make_folder, sweep_temp_files, write_bytes
 
 STAGES_FILE = "run.json"
 
@@ -44,6 +44,8 @@ class WorkFolder:
             ExistsError: the folder holds something else.
             DiskError: it cannot be made.
         """
+        if self.path.is_dir():
+            sweep_temp_files(self.path)
         known = self._read()
         if known is None and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ExistsError(
