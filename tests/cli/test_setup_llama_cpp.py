@@ -71,6 +71,9 @@ def test_a_tag_is_fetched_checked_kept_and_not_mixed_with_another(source: Path, 
     git(source, "commit", "-q", "-m", "one")
     git(source, "tag", "b1")
     commit = git(source, "rev-parse", "HEAD")
+    killed = target / ".clone-of-yesterday" / "source"
+    killed.mkdir(parents=True)
+    os.utime(killed.parent, (0, 0))
     wrong = forge(*base, "--ref", "b1", "--commit", "0" * 40)
     assert wrong.code == 1 and commit in wrong.err and "Nothing was built" in wrong.err
     assert list(target.iterdir()) == []

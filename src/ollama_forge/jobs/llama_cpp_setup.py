@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ _OPTIONS = (
 )
 _COMPILERS = ("c++", "g++", "clang++", "cl")
 _BUILD_BYTES = 3_000_000_000
+_STALE_SECONDS = 3600.0
 _MARK = "ollama-forge-source.txt"
 _REF = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -277,6 +279,9 @@ def _fetch(plan: SetupPlan, say: Callable[[str], None], output: Output) -> str:
 
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
+    for left in folder.glob(".clone-*"):
+        if time.time() - left.stat().st_mtime > _STALE_SECONDS:  # of a clone that was killed
+            shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".clone-", dir=folder) as name:
         yield Path(name)
 
