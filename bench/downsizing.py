@@ -9,6 +9,7 @@ from harness import Command, Job, Row, Workshop, removing, run_once, run_side_by
 
 SCRIPT = str(Path(__file__).resolve().with_name("importance_pass.py"))
 N_TOKENS = 512
+N_ROWS = 4
 
 
 def measure_prune(shop: Workshop) -> list[Row]:
@@ -54,7 +55,9 @@ def measure_importance_pass(shop: Workshop) -> list[Row]:
     if not path.exists():
         run_once(Command("make it", shop.forge("convert", str(folder), "-o", str(path), "--quant", "Q4_K_M")))
     run = run_once(
-        Command("passes", shop.python(SCRIPT, str(path), str(N_TOKENS), str(max(shop.repeats, 3)), str(shop.n_threads)))
+        Command(
+            "passes", shop.python(SCRIPT, *map(str, (path, N_ROWS, N_TOKENS, max(shop.repeats, 3), shop.n_threads)))
+        )
     )
     seconds = json.loads(run.output.splitlines()[-1])
     rows = []
@@ -62,7 +65,7 @@ def measure_importance_pass(shop: Workshop) -> list[Row]:
         ratio = seconds[name] / seconds["plain"]
         rows.append(
             Row(
-                f"importance pass: {words} ({N_TOKENS} tokens)",
+                f"importance pass: {words} ({N_ROWS} x {N_TOKENS} tokens)",
                 show_seconds(seconds[name]),
                 f"plain forward pass: {show_seconds(seconds['plain'])}",
                 f"{ratio:.2f}x",

@@ -1,6 +1,6 @@
 """Child of `downsizing.py`: passes over a packed GGUF with and without looking, in turn; prints medians as JSON.
 
-python bench/importance_pass.py MODEL.gguf TOKENS REPEATS THREADS
+python bench/importance_pass.py MODEL.gguf ROWS TOKENS REPEATS THREADS
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ import torch
 from ollama_forge.train.block_influence import measure_importance
 from ollama_forge.train.load import load_packed
 
-ROWS_PER_PASS = 2
-
 
 def main() -> None:
-    path, n_tokens, repeats, n_threads = Path(sys.argv[1]), *map(int, sys.argv[2:5])
+    path, n_rows, n_tokens, repeats, n_threads = Path(sys.argv[1]), *map(int, sys.argv[2:6])
     torch.set_num_threads(n_threads)
     packed = load_packed(path)
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, packed.model.config.vocab_size, (ROWS_PER_PASS, n_tokens), generator=generator).tolist()
+    ids = torch.randint(3, packed.model.config.vocab_size, (n_rows, n_tokens), generator=generator).tolist()
 
     def plain() -> None:
         with torch.inference_mode():

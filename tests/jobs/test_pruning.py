@@ -20,7 +20,8 @@ from ollama_forge.engine_sampling import Sampling
 from ollama_forge.files import atomic_output
 from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.gguf.writer import write_gguf
-from ollama_forge.jobs.calibration import CalibrationOptions, measure_ranking, read_rows
+from ollama_forge.jobs.calibration import measure_ranking, read_rows
+from ollama_forge.jobs.pruning_request import CalibrationOptions
 from ollama_forge.train.load import load_packed
 from ollama_forge.transform.cut import Cut, read_sizes
 from ollama_forge.transform.prune import plan_gguf_cut

@@ -84,12 +84,11 @@ def command(
     What matters is measured: the model reads a text once. A GGUF's layers that stay are copied byte for byte. The
     result is damaged until it is healed by distillation.
     """
-    from ollama_forge.jobs.calibration import CalibrationOptions
     from ollama_forge.jobs.landing import land_gguf
     from ollama_forge.jobs.merging import inherited
     from ollama_forge.jobs.pruning import prune_and_land, prune_model, pruning_work
     from ollama_forge.jobs.pruning_plot import require_plot, write_plot
-    from ollama_forge.jobs.pruning_request import PruneOptions
+    from ollama_forge.jobs.pruning_request import CalibrationOptions, PruneOptions
     from ollama_forge.jobs.resolve import resolve
     from ollama_forge.transform.cut_request import parse_share, parse_width
 

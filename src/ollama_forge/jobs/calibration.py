@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -19,31 +18,12 @@ from ollama_forge.dataset.windows import text_windows
 from ollama_forge.errors import NotFoundError, UsageError
 from ollama_forge.files import Progress, no_progress
 from ollama_forge.gguf.reader import GGUFFile
+from ollama_forge.jobs.pruning_request import CalibrationOptions
 from ollama_forge.tokenizer.encode import build_tokenizer
 from ollama_forge.transform.ranking import Importance
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _OWN_TEXT = "calibrate.txt"
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """What is read.
-
-    Attributes:
-        text: a text file, or training data (`.jsonl`), which is rendered with the model's own template; None: the
-            text of this package.
-        n_tokens: read at most so many, evenly drawn from all of it.
-        context: tokens that are read together.
-        seed: which windows of a long text are drawn.
-        device: `auto`, `cpu` or `cuda`.
-    """
-
-    text: Path | None = None
-    n_tokens: int = 8192
-    context: int = 512
-    seed: int = 0
-    device: str = "auto"
 
 
 def measure_ranking(

@@ -18,7 +18,6 @@ import numpy as np
 
 from ollama_forge.errors import ExistsError, UsageError
 from ollama_forge.files import Progress, no_progress, refuse_existing, require_free_space, temp_path_beside
-from ollama_forge.jobs.calibration import measure_ranking
 from ollama_forge.jobs.conversion import ConvertOptions, PlannedGGUF, convert_folder, write_planned
 from ollama_forge.jobs.finetune_setup import require_extra
 from ollama_forge.jobs.landing import LandedModel, LandOptions, land_planned
@@ -273,6 +272,8 @@ def _open_pruning(
             packed = files.enter_context(_converted(path, target, progress))
         importance = None
         if needs_pass:
+            from ollama_forge.jobs.calibration import measure_ranking  # a cut of named layers reads no text
+
             assert packed.gguf is not None
             importance = measure_ranking(
                 packed.gguf, options.calibration, target_sizes.parts, n_threads=options.n_threads, progress=progress

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from ollama_forge.errors import UnsupportedError, UsageError
-from ollama_forge.jobs.calibration import CalibrationOptions
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.transform.cut import Cut, ModelSizes, read_sizes, validate_cut
 from ollama_forge.transform.cut_request import Amount, largest_block, settle_layers, settle_width
@@ -24,6 +24,26 @@ from ollama_forge.transform.ranking import (
     first_indices,
 )
 from ollama_forge.weights.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What is read.
+
+    Attributes:
+        text: a text file, or training data (`.jsonl`), which is rendered with the model's own template; None: the
+            text of this package.
+        n_tokens: read at most so many, evenly drawn from all of it.
+        context: tokens that are read together.
+        seed: which windows of a long text are drawn.
+        device: `auto`, `cpu` or `cuda`.
+    """
+
+    text: Path | None = None
+    n_tokens: int = 8192
+    context: int = 512
+    seed: int = 0
+    device: str = "auto"
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,9 @@ from ollama_forge.transform.ranking import Importance
 STREAM_BYTES = 64 << 20
 """Of the residual streams that are kept while a row is read; of a longer row, evenly spaced positions are."""
 PARTS = ("ffn", "kv_heads", "hidden", "experts")
-# The cosine table of so many positions is made at once.
+# The cosine table of so many positions is made at once, and so many weights are squared while in the processor's cache.
 _POSITIONS = 64
+_SQUARED_ELEMENTS = 1 << 18
 
 
 @torch.inference_mode()
@@ -334,5 +335,7 @@ def _column_squares(layer: PackedLinear) -> torch.Tensor:
     total = torch.zeros(layer.in_features, device=layer.matrix.device)
     with layer.workspace.pieces(layer.matrix, like) as pieces:
         for _, _, values in pieces:
-            total += values.square().sum(0)
+            step = max(1, _SQUARED_ELEMENTS // values.shape[1])
+            for part in values.split(step):
+                total += (part * part).sum(0)
     return total
