@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from command import DEMO_MODEL, forge
+from command import DEMO_MODEL, forge, forge_json
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,13 @@ def test_what_downsize_cannot_mean_is_refused_before_any_work(tmp_path: Path, op
     recipe.write_text(f"name: small\nbase: base\nsteps:\n  - downsize: {options}\n")
     ended = forge("validate-recipe", recipe, "--json")
     assert ended.code == 1 and any(words in f"{item['what']} {item['hint']}" for item in ended.document["problems"])
+
+
+def test_a_finished_step_keeps_its_result_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLAMA_FORGE_HOME", str(tmp_path / "home"))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"name: small\ncheckpoint: {DEMO_MODEL}\nsteps:\n  - downsize: {{drop_layers: 1}}\n")
+    done = forge_json("build", recipe, "--no-check", "--store", tmp_path / "store")
+    folder = tmp_path / "home" / "builds" / "steps" / f"downsize-{done['steps'][0]['key']}"
+    assert {path.name for path in folder.iterdir()} == {"done.json", "model.gguf"}
+    assert forge_json("build", recipe, "--store", tmp_path / "store")["up_to_date"]

@@ -230,6 +230,7 @@ def _do_steps(
             warnings += [str(text) for text in state.facts.get("warnings", ())]
             _compare_outputs(lock, step, state, warnings)
             plan.work.write_step(step.kind, step.key, state)
+            plan.work.tidy(step.kind, step.key, state)
         outputs[step.number] = state.outputs
         written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != DONE)
         built.append(BuiltStep(step.kind, step.key, "done", time.monotonic() - begun, written, state.facts))
@@ -290,8 +291,9 @@ def _compare_outputs(lock: Lock | None, step: PlannedStep, state: StepResult, wa
 
 def _require_free_name(plan: BuildPlan, options: LandOptions) -> None:
     """Say that a name is taken before hours are spent on it; a build that was killed while it landed may go on."""
-    if options.server is not None:
-        return
+    is_cheap = not plan.steps and not plan.source.missing_bytes and not options.dry_run
+    if options.server is not None or is_cheap:
+        return  # landing itself tells whether the same model is there already
     store = open_store(options.store_path)
     has_begun = plan.work.read_landed(_landed_key(plan, options)) is not None
     require_free_name(store, plan.recipe.name, overwrite=options.overwrite or has_begun)

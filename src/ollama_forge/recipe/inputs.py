@@ -57,7 +57,7 @@ class Fingerprints:
             NotFoundError: it is not there.
         """
         resolved = path.resolve()
-        named = _HASH_NAME.fullmatch(resolved.name)
+        named = _HASH_NAME.fullmatch(resolved.name) if resolved.parent.name == "blobs" else None
         if named and self.trusts_memo:
             return named[1]
         try:

@@ -21,6 +21,8 @@ from ollama_forge.registry.registry_file import forge_home, lock_registry
 
 DONE = "done.json"
 _KEY_DIGITS = 24
+_REPORTS = (".html", ".png", ".json", ".csv")
+_REPORT_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,20 @@ class WorkFolder:
             with contextlib.suppress(FileNotFoundError):
                 (folder / DONE).unlink()
             yield folder
+
+    def tidy(self, kind: str, key: str, result: StepResult) -> None:
+        """Remove what a finished step needed on its way - checkpoints, copies in other forms - but for its reports."""
+        folder = self.step_dir(kind, key)
+        results = [path for path in (result.weights, *result.adapters) if path is not None]
+        for path in sorted(folder.rglob("*"), reverse=True):
+            is_result = any(path == kept or path.is_relative_to(kept) for kept in results)
+            if is_result or path == folder / DONE:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                with contextlib.suppress(OSError):
+                    path.rmdir()  # only the empty ones go
+            elif path.suffix not in _REPORTS or path.stat().st_size > _REPORT_BYTES:
+                path.unlink(missing_ok=True)
 
     def size_of(self, kind: str, key: str) -> int:
         """Bytes that a step keeps here; what it shares with Ollama's store (a file of two names) does not count."""
