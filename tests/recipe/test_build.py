@@ -280,3 +280,13 @@ def test_two_builds_do_not_do_the_same_step_at_once(place: Path, home: Path) -> 
         busy = forge("build", recipe, "--store", place / "store", "--json")
     assert busy.code == 1 and "Another build is doing" in busy.document["error"]["what"]
     assert forge_json("build", recipe, "--store", place / "store")["steps_done"] == 1
+
+
+def test_the_registry_knows_the_recipe_and_what_it_read(place: Path) -> None:
+    recipe = write(place, "name: traced\nbase: base\nsteps: [{merge: lora}]\n")
+    forge_json("build", recipe, "--store", place / "store")
+    origin = forge_json("registry", "lineage", "traced")
+    assert origin["landing"]["step"] == "build" and origin["landing"]["parameters"]["steps"][0]["kind"] == "merge"
+    assert {parent["role"] for parent in origin["parents"]} == {"base", "recipe", "adapter"}
+    ended = forge("registry", "rebuild", "traced", "--json")
+    assert ended.code == 1 and ended.document["error"]["next"] == f"ollama-forge build {recipe} --locked --force"

@@ -158,7 +158,7 @@ class _Rebuild:
             raise UnsupportedError(
                 f"The step {landing.step!r} of {landing.name!r} cannot be made again by `rebuild`",
                 why=f"It can repeat {', '.join(STEPS)}.",
-                next=f"Its settings and sources are recorded: ollama-forge registry lineage {landing.name}",
+                next=_way_of(landing),
             )
         return landing
 
@@ -193,6 +193,13 @@ class _Rebuild:
                 why=f"{parent.digest} was recorded.",
                 next="Bring the old one back.",
             )
+
+
+def _way_of(landing: Landing) -> str:
+    """What to type instead: a recipe makes its model again by itself."""
+    for parent in _parents(landing, "recipe"):
+        return f"ollama-forge build {parent.ref} --locked --force"
+    return f"Its settings and sources are recorded: ollama-forge registry lineage {landing.name}"
 
 
 def _parents(landing: Landing, role: str) -> list[Parent]:
