@@ -186,6 +186,7 @@ def test_people_see_the_ranking_and_the_limits(deep: Path) -> None:
         (("--drop-layers", "0-9"), "usage"),
         (("--text", "/no/such/file", "--layers", "3"), "not_found"),
         (("--layers", "3", "--plot", "x.gif"), "usage"),
+        (("--drop-layers", "3", "--plot", "x.png"), "usage"),
     ],
 )
 def test_what_cannot_be_met_is_refused_before_anything_is_written(

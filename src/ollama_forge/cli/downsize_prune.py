@@ -107,7 +107,19 @@ def command(
         n_threads=n_threads,
     )
     if plot is not None:
+        if wanted.drop and not wanted.width:
+            raise UsageError(
+                "There is no ranking to draw",
+                why="--drop-layers says which layers go, so nothing is measured.",
+                next="Leave --plot out, or let the layers be chosen: --layers N",
+            )
         require_plot(plot, overwrite=options.overwrite)
+    if output is not None and name is not None and output.suffix.lower() != ".gguf":
+        raise UsageError(
+            f"-o {str(output)!r} is a folder, and --name makes an Ollama model of a GGUF",
+            why="One command does one of them.",
+            next=f"Leave out one of them; afterwards: ollama-forge import {output} --name {name}",
+        )
     model = resolve(ref, options.store_path)
     landed = None
     if output is None and name is not None:
@@ -120,11 +132,6 @@ def command(
     if plot is not None:
         write_plot(pruned, plot, overwrite=options.overwrite)
     if output is not None and name is not None and not options.dry_run:
-        if output.suffix.lower() != ".gguf":
-            raise UsageError(
-                f"{str(output)!r} is written, and a folder is landed by another command",
-                next=f"ollama-forge import {output} --name {name}",
-            )
         with pruning_work(model, wanted, pruned.dropped, changes):
             landed = land_gguf(output, name, inherited(model, changes), options)
     for warning in pruned.warnings:
