@@ -14,7 +14,6 @@ from ollama_forge.dataset.verdicts import Tally
 from ollama_forge.jobs.ablation_bench import TrialScore
 from ollama_forge.jobs.abliteration_search import Trial, dominates, pareto_front
 
-N_TRIALS = 40
 SMALL = ("--num-eval-prompts", "8", "--num-prompts", "6", "--trial-tokens", "12", "--max-tokens", "32")
 
 
@@ -33,51 +32,45 @@ def words(place: Path, work: Path, *more: object) -> tuple[object, ...]:
     return ("abliterate", "optimize", "--model", "base", *lists, "--output-dir", work, "--store", place / "s", *more)
 
 
-@pytest.fixture(scope="module")
-def searched(place: Path) -> Any:
-    """The document of a search of 40 trials in `place / "search"`."""
-    return forge_json(*words(place, place / "search", *SMALL, "--n-trials", N_TRIALS))
-
-
 def study_lines(folder: Path) -> list[Any]:
     return [json.loads(line) for line in (folder / "study.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_the_search_finds_what_is_better_than_the_default(place: Path, searched: Any) -> None:
-    default, front = searched["default"], searched["front"]
-    assert searched["trials"] == N_TRIALS and default["number"] == 0
-    assert searched["untouched"]["refused"] == searched["untouched"]["asked"] == 8
-    assert searched["dominates_default"]
+def test_forty_trials_find_what_is_better_than_the_default_and_the_pick_is_landed(place: Path) -> None:
+    command = words(place, place / "search", *SMALL, "--n-trials", 40)
+    found = forge_json(*command)
+    default, front = found["default"], found["front"]
+    assert found["trials"] == 40 and default["number"] == 0 and found["dominates_default"]
+    assert found["untouched"]["refused"] == found["untouched"]["asked"] == 8
     better = [point for point in front if point["refused"] <= default["refused"] and point["kl"] < default["kl"]]
     assert better and all(point["degenerate"] == 0 for point in better)
     assert better[0]["refused"] <= 0.05 * better[0]["asked"] and better[0]["kl"] < 0.1
-
-
-def test_the_same_seed_finds_the_same_and_a_search_goes_on_where_it_ended(place: Path, searched: Any) -> None:
-    whole = study_lines(place / "search")
-    folder = place / "resumed"
-    begun = forge_json(*words(place, folder, *SMALL, "--n-trials", "11"))
-    assert not begun["resumed"] and study_lines(folder) == whole[:12]
-    further = forge_json(*words(place, folder, *SMALL, "--n-trials", "13"))
-    assert further["resumed"] and study_lines(folder) == whole[:14]
-    stopped = forge_json(*words(place, folder, *SMALL, "--n-trials", "40", "--timeout", "0.001"))
-    assert 13 <= stopped["trials"] < 20
-    changed = forge(*words(place, folder, *SMALL, "--n-trials", "13", "--seed", "5"))
-    assert changed.code == 1 and "something else" in changed.err
-
-
-def test_what_is_picked_is_landed_and_does_what_its_trial_did(place: Path, searched: Any) -> None:
-    command = words(place, place / "search", *SMALL, "--n-trials", N_TRIALS, "--no-check")
-    assert forge(*command, "--name", "mine").code == 2
-    assert forge(*command, "--name", "mine", "--pick", "99").code == 1
-    assert forge(*command, "--name", "mine", "--pick", "some").code == 2
-    result = forge_json(*command, "--name", "mine", "--pick", "best")
-    assert result["picked"] == searched["front"][0]["number"]
+    command = (*command, "--no-check", "--name", "mine")
+    for words_of_it, code in (((), 2), (("--pick", "99"), 1), (("--pick", "some"), 2)):
+        assert forge(*command, *words_of_it).code == code
+    result = forge_json(*command, "--pick", "best")
+    assert result["picked"] == front[0]["number"] and result["front"] == front
     evaluation = result["result"]["evaluation"]
     assert evaluation["against"]["harmful"]["refused"] == 6 and evaluation["this"]["harmful"]["refused"] == 0
     assert result["result"]["landed"]["name"] == "mine:latest"
     lineage = forge_json("registry", "lineage", "mine")
     assert lineage["landing"]["parameters"]["trial"] == result["picked"]
+
+
+def test_the_same_seed_finds_the_same_and_a_search_goes_on_where_it_ended(place: Path) -> None:
+    forge_json(*words(place, place / "whole", *SMALL, "--n-trials", "13"))
+    whole = study_lines(place / "whole")
+    folder = place / "resumed"
+    begun = forge_json(*words(place, folder, *SMALL, "--n-trials", "11"))
+    assert not begun["resumed"] and study_lines(folder) == whole[:12]
+    further = forge_json(*words(place, folder, *SMALL, "--n-trials", "13"))
+    assert (
+        further["resumed"] and (folder / "study.jsonl").read_bytes() == (place / "whole" / "study.jsonl").read_bytes()
+    )
+    stopped = forge_json(*words(place, folder, *SMALL, "--n-trials", "40", "--timeout", "0.001"))
+    assert 13 <= stopped["trials"] < 20
+    changed = forge(*words(place, folder, *SMALL, "--n-trials", "13", "--seed", "5"))
+    assert changed.code == 1 and "something else" in changed.err
 
 
 def test_a_damaged_study_is_refused_not_overwritten(place: Path, tmp_path: Path) -> None:
