@@ -57,6 +57,28 @@ def build_adapter(base: Path, folder: Path, **config: Any) -> Any:
     return wrapped
 
 
+def write_lora(base: Path, folder: Path, *, spread: float = 0.02, rank: int = 4, seed: int = 0) -> None:
+    """A LoRA on the query and value matrices of a Llama folder, as PEFT saves it, written without PEFT: no torch."""
+    from safetensors.numpy import save_file
+
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    rows = {"q_proj": heads, "v_proj": config.get("num_key_value_heads", heads)}
+    draw = np.random.default_rng(seed)
+    tensors = {}
+    for layer in range(config["num_hidden_layers"]):
+        for name, count in rows.items():
+            stem = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            height = count * (config.get("head_dim") or width // heads)
+            tensors[f"{stem}.lora_A.weight"] = draw.normal(0, spread, (rank, width)).astype("float32")
+            tensors[f"{stem}.lora_B.weight"] = draw.normal(0, spread, (height, rank)).astype("float32")
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": sorted(rows)}
+    settings |= {"base_model_name_or_path": str(base), "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
 def change_adapter(folder: Path, changes: Mapping[str, Any]) -> None:
     """Change keys of adapter_config.json."""
     path = folder / "adapter_config.json"

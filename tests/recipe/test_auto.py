@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from command import DEMO_MODEL, forge, forge_json
-from tiny_adapters import build_adapter
+from tiny_adapters import write_lora
 
 from ollama_forge.store.catalog import open_store
 
@@ -21,7 +21,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     forge_json("convert", DEMO_MODEL, "-o", folder / "m.gguf", "--quant", "Q8_0")
     (folder / "m.gguf").rename(folder / "weights.dat")
-    build_adapter(DEMO_MODEL, folder / "lora", spread=0.002, target_modules=["q_proj"])
+    write_lora(DEMO_MODEL, folder / "lora")
     forge_json("adapters", "convert", folder / "lora", "-o", folder / "lora.gguf", "--base", DEMO_MODEL)
     (folder / "recipe.json").write_text('{"name": "built", "base": "user/base", "system": "Hi."}')
     (folder / "config.json").write_text('{"model_type": "llama"}')

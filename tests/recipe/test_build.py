@@ -11,7 +11,7 @@ import pytest
 from command import DEMO_MODEL, forge, forge_json, tree_hash
 from kill import kill_forks
 from loopback_ollama import LoopbackOllama
-from tiny_adapters import build_adapter
+from tiny_adapters import write_lora
 
 from ollama_forge.registry.registry_file import lock_registry
 from ollama_forge.store.catalog import open_store
@@ -31,7 +31,7 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("origin")
     forge_json("import", DEMO_MODEL, "--name", "base", "--quant", "Q8_0", "--no-check", "--store", folder / "store")
     shutil.copytree(DEMO_MODEL, folder / "model")
-    build_adapter(folder / "model", folder / "lora", spread=0.002, target_modules=["q_proj", "v_proj"])
+    write_lora(folder / "model", folder / "lora")
     return folder
 
 

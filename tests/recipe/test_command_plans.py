@@ -13,7 +13,7 @@ from hub_fixtures import ggufs as ggufs
 from hub_fixtures import hub as hub
 from hub_fixtures import store as store
 from loopback_hub import LoopbackHub
-from tiny_adapters import build_adapter
+from tiny_adapters import write_lora
 
 from ollama_forge.jobs.starters import STARTERS
 from ollama_forge.store.catalog import open_store
@@ -33,7 +33,7 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     forge_json("import", DEMO_MODEL, "--name", "base", "--quant", "Q8_0", "--no-check", "--store", folder / "store")
     forge_json("convert", DEMO_MODEL, "-o", folder / "f.gguf")
     shutil.copytree(DEMO_MODEL, folder / "model")
-    build_adapter(folder / "model", folder / "lora", spread=0.002, target_modules=["q_proj"])
+    write_lora(folder / "model", folder / "lora")
     shutil.copy(DEMO_MODEL.parent / "finetune.jsonl", folder / "train.jsonl")
     (folder / "prompt.txt").write_text("Answer like a pirate.")
     (folder / "recipe.yaml").write_text("name: built\ncheckpoint: model\nsteps: [{merge: lora}, {quantize: Q4_K_M}]\n")

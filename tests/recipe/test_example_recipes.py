@@ -10,7 +10,7 @@ from command import DEMO_MODEL, forge_json
 from hub_fixtures import DEMO_FILES as DEMO_FILES
 from hub_fixtures import hub as hub
 from loopback_hub import LoopbackHub
-from tiny_adapters import build_adapter
+from tiny_adapters import write_lora
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "recipes"
 RECIPES = sorted(path.name for path in EXAMPLES.iterdir() if path.suffix in (".yaml", ".json"))
@@ -25,7 +25,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(EXAMPLES, folder / "recipes")
     forge_json("convert", DEMO_MODEL, "-o", folder / "recipes" / "model-f16.gguf")
     forge_json("convert", DEMO_MODEL, "-o", folder / "demo.gguf", "--quant", "Q8_0")
-    build_adapter(DEMO_MODEL, folder / "recipes" / "my-adapter", spread=0.002, target_modules=["q_proj"])
+    write_lora(DEMO_MODEL, folder / "recipes" / "my-adapter")
     return folder
 
 

@@ -13,7 +13,7 @@ from hub_fixtures import ggufs as ggufs
 from hub_fixtures import hub as hub
 from hub_fixtures import store as store
 from loopback_hub import LoopbackHub, Status, sha256
-from tiny_adapters import build_adapter
+from tiny_adapters import write_lora
 
 from ollama_forge.jobs.starters import PROFILES, STARTERS, TASKS, choose_start
 from ollama_forge.store.catalog import open_store
@@ -29,8 +29,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def adapter_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """A PEFT adapter of the demo model, as its repo holds it."""
-    folder = tmp_path_factory.mktemp("lora")
-    build_adapter(DEMO_MODEL, folder, spread=0.002, target_modules=["q_proj", "v_proj"])
+    folder = tmp_path_factory.mktemp("lora") / "adapter"
+    write_lora(DEMO_MODEL, folder)
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
