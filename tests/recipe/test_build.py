@@ -145,7 +145,6 @@ def test_a_locked_build_makes_the_same_and_refuses_drift(place: Path, home: Path
     assert str(place) not in (place / "recipe.lock").read_text()
     assert lock["model"]["digest"] == first["digest"] and "ollama-forge" in lock["versions"]
     assert set(lock["steps"][0]["inputs"]) == {
-        "lora/README.md",
         "lora/adapter_config.json",
         "lora/adapter_model.safetensors",
     }
