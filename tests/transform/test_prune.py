@@ -25,6 +25,7 @@ from ollama_forge.gguf.native import dequantize
 from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.gguf.types import FileType, GGMLType, ValueType, row_bytes
 from ollama_forge.gguf.writer import array, copy_entry, from_reader, write_gguf
+from ollama_forge.tokenizer.encode import build_tokenizer
 from ollama_forge.transform.cut import Cut, read_sizes, validate_cut
 from ollama_forge.transform.cut_request import parse_amount, parse_share, parse_width, settle_layers, settle_width
 from ollama_forge.transform.prune import PrunedGGUF, plan_gguf_cut
@@ -187,12 +188,30 @@ def test_a_cut_model_runs_in_the_engine(made: Callable[..., Path], tmp_path: Pat
     assert said.n_tokens >= 1
 
 
-def test_a_cut_model_gives_the_engine_the_numbers_of_transformers(made: Callable[..., Path], tmp_path: Path) -> None:
-    source, cut = made("llama3", dtype="float32"), whole_cut("llama3")
+@pytest.mark.parametrize("kind", ["llama3", "qwen3_moe", "gemma3", "phi3", "gpt2"])
+def test_a_cut_model_says_the_same_in_the_engine_and_in_transformers(
+    made: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    source, cut = made(kind, dtype="float32"), whole_cut(kind)
     small = cut_folder(source, cut, tmp_path / "small")
+    cut_gguf(to_gguf(source, tmp_path / "whole.gguf"), cut, tmp_path / "small.gguf")
+    with open_engine(tmp_path / "small.gguf", context_length=64) as engine:
+        said = engine.generate("the cat", Sampling(temperature=0.0, seed=0, max_tokens=6)).token_ids
+    with open_gguf(tmp_path / "small.gguf") as file:
+        prompt = build_tokenizer(file.metadata).encode("the cat", add_special=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32).eval()
-    assert model.config.hidden_size == 64 and model.config.num_hidden_layers == 1
-    assert model.config.num_attention_heads == 2 and model.config.head_dim == 32
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in said:
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    assert said and list(said) == ids[len(prompt) :]
+
+
+def test_the_configuration_of_a_cut_folder_says_its_sizes(made: Callable[..., Path], tmp_path: Path) -> None:
+    small = cut_folder(made("llama3"), whole_cut("llama3"), tmp_path / "small")
+    config = transformers.AutoConfig.from_pretrained(small)
+    assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size) == (64, 1, 64)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (2, 1, 32)
 
 
 # --- quantized files --------------------------------------------------------------------------------------------------
