@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -167,9 +168,14 @@ def prepare_distillation(request: DistillRequest, options: LandOptions) -> Itera
         As `finetune_setup.prepare_run`.
     """
     teacher, n_words = check_models(request, options)
-    teacher = as_trainable(teacher, request.folder / TEACHER_FOLDER, options)
-    assert teacher.gguf_path is not None
-    with open_gguf(teacher.gguf_path) as gguf, prepare_run(request.student, options) as run:
+    with contextlib.ExitStack() as files:
+        place = request.folder / TEACHER_FOLDER
+        if options.dry_run:
+            place = Path(files.enter_context(tempfile.TemporaryDirectory(prefix="ollama-forge-")))
+        teacher = as_trainable(teacher, place, options)
+        assert teacher.gguf_path is not None
+        gguf = files.enter_context(open_gguf(teacher.gguf_path))
+        run = files.enter_context(prepare_run(request.student, options))
         require_trainable(gguf, request.teacher)
         if gguf.path == run.gguf.path:
             raise UsageError(
