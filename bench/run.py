@@ -20,7 +20,10 @@ import sys
 import time
 from pathlib import Path
 
+import abliterating
 import conversion
+import distilling
+import downsizing
 import landing
 import measuring
 import startup
@@ -35,6 +38,8 @@ TOPICS = {
     "Land": landing.JOBS,
     "Begin": startup.JOBS,
     "Train": training.JOBS,
+    "Abliterate": abliterating.JOBS,
+    "Downsize": (*downsizing.JOBS, *distilling.JOBS),
     "Measure": measuring.JOBS,
 }
 

@@ -8,8 +8,7 @@ where that moves the output most, until column by column the stored matrix gives
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ollama_forge.errors import GGUFError
-from ollama_forge.gguf.native import dequantize, quantize, usable_cores
+from ollama_forge.gguf.native import dequantize, quantize
 from ollama_forge.gguf.types import GGMLType, block_bytes, block_elements, is_quantized, row_bytes
 from ollama_forge.transform.edits import Floats, LossMeter, OutputEdit, require_finite
 from ollama_forge.transform.steering import (
@@ -25,15 +24,16 @@ from ollama_forge.transform.steering import (
     FLOAT_ROUNDS,
     PACKED_GOAL,
     PACKED_ROUNDS,
+    SLAB_ELEMENTS,
     Push,
     half_step,
     most_error,
+    run_slabs,
 )
 
 Bytes = NDArray[np.uint8]
 
-SLAB_ELEMENTS = 1 << 18
-"""Numbers that are worked on together by one thread: they stay in the processor's cache."""
+_LEAST_COLUMNS = 256  # a multiple of every block; with fewer, numpy spends its time between the rows
 _LARGEST_F16 = 65504.0
 
 
@@ -76,7 +76,8 @@ def edit_outputs(
             out[:, _place(type, columns)] = encoded
             meter.add(before, wanted, stored)
 
-        _run_slabs(work, slabs_of(shape, type), n_threads)
+        slabs = slabs_of(shape, type)
+        run_slabs(work, slabs, n_rows * len(slabs[0]), n_threads)
         yield out.reshape(-1)
 
 
@@ -89,7 +90,7 @@ def slabs_of(shape: Sequence[int], type: GGMLType) -> list[range]:
     """The columns of a matrix, some at a time; no slab cuts a block."""
     n_rows, n_columns = shape[-2], shape[-1]
     step = block_elements(type)
-    width = max(step, SLAB_ELEMENTS // max(1, n_rows) // step * step)
+    width = max(step, _LEAST_COLUMNS, SLAB_ELEMENTS // max(1, n_rows) // step * step)
     return [range(first, min(first + width, n_columns)) for first in range(0, n_columns, width)]
 
 
@@ -115,17 +116,6 @@ def _place(type: GGMLType, columns: range) -> slice:
 
 def _decode(raw: Bytes, type: GGMLType, columns: range) -> Floats:
     return dequantize(np.ascontiguousarray(raw[:, _place(type, columns)]), type, (len(raw), len(columns)), n_threads=1)
-
-
-def _run_slabs(work: Callable[[range], None], slabs: Sequence[range], n_threads: int | None) -> None:
-    n_threads = min(len(slabs), usable_cores() if n_threads is None else n_threads)
-    if n_threads <= 1:
-        for columns in slabs:
-            work(columns)
-        return
-    with ThreadPoolExecutor(n_threads) as pool:
-        for _ in pool.map(work, slabs):
-            pass
 
 
 def _require_storable(wanted: Floats, type: GGMLType, name: str) -> None:

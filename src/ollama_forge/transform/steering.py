@@ -8,19 +8,24 @@ all until it moves a whole step.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ollama_forge.gguf.native import dequantize, quantize
-from ollama_forge.gguf.types import GGMLType, bits_per_weight, is_quantized
+from ollama_forge.gguf.native import dequantize, quantize, usable_cores
+from ollama_forge.gguf.types import GGMLType, bits_per_weight, block_bytes, block_elements, is_quantized, row_bytes
 from ollama_forge.transform.edits import Floats
 
 # Rounds at most, and the error along the directions at which it is done, as a share of the change there.
-PACKED_ROUNDS, PACKED_GOAL = 8, 0.02
-FLOAT_ROUNDS, FLOAT_GOAL = 6, 2e-4
-ROW_ROUNDS = 8
+PACKED_ROUNDS, PACKED_GOAL = 8, 0.03
+FLOAT_ROUNDS, FLOAT_GOAL = 6, 3e-4
+SLAB_ELEMENTS = 1 << 19
+"""Numbers that are worked on together by one thread."""
+_ROOM_BYTES, _BYTES_PER_ELEMENT = 200 << 20, 40  # all threads together; the arrays that one of them makes on its way
 # How much error the steering may add: so many times that of plain rounding, and so much of one rounding of its own.
 _LIMIT, _ROOM = 2.0, 0.5
 _LEAST, _MOST = 0.2, 2.0
@@ -41,31 +46,117 @@ def store_rows(
         basis: orthonormal [k, columns].
         weights: the importance of the columns.
     """
-    encoded, stored = _encode(wanted, type, weights, n_threads)
-    if type is GGMLType.F32:
-        return encoded, stored
-    packed = is_quantized(type)
-    difference = wanted - stored
-    error: NDArray[Any] = difference @ basis.T
-    goal = (PACKED_GOAL if packed else FLOAT_GOAL) * np.linalg.norm((wanted - before) @ basis.T, axis=1)
-    smallest = np.linalg.norm(error, axis=1)
-    most = most_error(squares(wanted), squares(difference), type)
-    correction = np.zeros_like(error)
-    push = Push(error, half_step(squares(wanted), wanted.shape[1], type)[:, None] / np.abs(basis).max(axis=1))
-    for _ in range(ROW_ROUNDS if packed else FLOAT_ROUNDS):
-        rows = np.flatnonzero(smallest > goal)
-        if not rows.size:
-            break
-        correction[rows] += push.next(rows, error[rows]) if packed else error[rows]
-        target = wanted[rows]
-        tried, decoded = _encode((target + correction[rows] @ basis).astype(np.float32), type, weights, n_threads)
-        missed = target - decoded
-        error[rows] = missed @ basis.T
-        size = np.linalg.norm(error[rows], axis=1)
-        better = (size < smallest[rows]) & (squares(missed) <= most[rows])
-        kept = rows[better]
-        encoded[kept], stored[kept], smallest[kept] = tried[better], decoded[better], size[better]
+    n_rows, n_columns = wanted.shape
+    encoded = np.empty((n_rows, row_bytes(type, n_columns)), np.uint8)
+    stored = np.empty_like(wanted)
+    rounding = _RowRounding(type, *_strongest_columns(basis, type), basis, weights)
+
+    def work(rows: range) -> None:
+        part = slice(rows.start, rows.stop)
+        encoded[part], stored[part] = rounding.store(wanted[part], before[part])
+
+    at_once = max(1, SLAB_ELEMENTS // max(1, n_columns))
+    slabs = [range(i, min(i + at_once, n_rows)) for i in range(0, n_rows, at_once)]
+    run_slabs(work, slabs, at_once * n_columns, n_threads)
     return encoded, stored
+
+
+def run_slabs(work: Callable[[range], None], slabs: Sequence[range], slab_elements: int, n_threads: int | None) -> None:
+    """Call `work` for each, on as many threads as there are slabs and room for their arrays."""
+    most = max(1, _ROOM_BYTES // (_BYTES_PER_ELEMENT * slab_elements))
+    n_threads = min(len(slabs), most, usable_cores() if n_threads is None else n_threads)
+    if n_threads <= 1:
+        for slab in slabs:
+            work(slab)
+        return
+    with ThreadPoolExecutor(n_threads) as pool:
+        for _ in pool.map(work, slabs):
+            pass
+
+
+def _strongest_columns(basis: Floats, type: GGMLType) -> tuple[slice | NDArray[np.intp], slice | NDArray[np.intp]]:
+    """(blocks, columns) that move the sums most; the others keep their first rounding. A quarter of the blocks of a
+    packed row; 64 neighbours of a 16-bit one, which move as little as needed."""
+    step = block_elements(type)
+    leverage = np.einsum("ij,ij->j", basis, basis).reshape(-1, step).sum(axis=1)
+    if step == 1:
+        count = min(len(leverage), 64)
+        first = int(np.argmax(np.convolve(leverage, np.ones(count), "valid")))
+        window = slice(first, first + count)
+        return window, window
+    n_chosen = max(-(-len(leverage) // 4), min(len(leverage), 2))
+    blocks = np.sort(np.argsort(-leverage, kind="stable")[:n_chosen])
+    return blocks, (blocks[:, None] * step + np.arange(step)).reshape(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class _RowRounding:
+    """How some rows are put into their type; `columns` are those of `blocks`, the only ones that are steered."""
+
+    type: GGMLType
+    blocks: slice | NDArray[np.intp]
+    columns: slice | NDArray[np.intp]
+    basis: Floats
+    weights: Floats | None
+
+    def store(self, wanted: Floats, before: Floats) -> tuple[Any, Floats]:
+        encoded, stored = self._encode(wanted, self.weights)
+        if self.type is GGMLType.F32:
+            return encoded, stored
+        push = self._find_push(wanted, before, stored)
+        if push is not None:
+            lever = np.ascontiguousarray(self.basis[:, self.columns])
+            weights = None if self.weights is None else np.ascontiguousarray(self.weights[self.columns])
+            part, decoded = self._encode(wanted[:, self.columns] + push @ lever, weights)
+            size = block_bytes(self.type)
+            encoded.reshape(len(encoded), -1, size)[:, self.blocks] = part.reshape(len(part), -1, size)
+            stored[:, self.columns] = decoded
+        return encoded, stored
+
+    def _find_push(self, wanted: Floats, before: Floats, stored: Floats) -> Floats | None:
+        """What to add along the directions [rows, k] before rounding, so that they come out right after it."""
+        packed = is_quantized(self.type)
+        aim = wanted @ self.basis.T
+        error: NDArray[Any] = aim - stored @ self.basis.T
+        goal = (PACKED_GOAL if packed else FLOAT_GOAL) ** 2 * squares(aim - before @ self.basis.T)
+        smallest = squares(error)
+        if not (smallest > goal).any():
+            return None
+        lever = np.ascontiguousarray(self.basis[:, self.columns])
+        inverse = np.linalg.pinv(lever @ lever.T)
+        target = np.ascontiguousarray(wanted[:, self.columns])
+        difference = target - stored[:, self.columns]
+        others = error - difference @ lever.T
+        spent = most = np.zeros_like(smallest)
+        if packed:
+            plain = squares(wanted - stored)
+            spent = plain - squares(difference)
+            most = most_error(squares(wanted), plain, self.type)
+        weights = None if self.weights is None else np.ascontiguousarray(self.weights[self.columns])
+        tried, best = np.zeros_like(error), np.zeros_like(error)
+        jump = half_step(squares(target), target.shape[1], self.type)[:, None] / np.abs(lever).max(axis=1)
+        push = Push(error @ inverse, jump)
+        for _ in range(PACKED_ROUNDS if packed else FLOAT_ROUNDS):
+            rows = np.flatnonzero(smallest > goal)
+            if not rows.size:
+                break
+            tried[rows] += push.next(rows, error[rows]) if packed else error[rows] @ inverse
+            at = target[rows]
+            _, decoded = self._encode(at + tried[rows] @ lever, weights)
+            missed = at - decoded
+            error[rows] = others[rows] + missed @ lever.T
+            size = squares(error[rows])
+            better = size < smallest[rows]
+            if packed:
+                better &= spent[rows] + squares(missed) <= most[rows]
+            kept = rows[better]
+            smallest[kept], best[kept] = size[better], tried[kept]
+        return best
+
+    def _encode(self, rows: NDArray[Any], weights: Floats | None) -> tuple[Any, Floats]:
+        contiguous = np.ascontiguousarray(rows, dtype=np.float32)
+        encoded = quantize(contiguous, self.type, weights, n_threads=1)
+        return encoded, dequantize(encoded, self.type, contiguous.shape, n_threads=1)
 
 
 class Push:
@@ -115,8 +206,3 @@ def squares(rows: Floats) -> NDArray[np.float64]:
     """The squared norm of each row."""
     result: NDArray[np.float64] = np.einsum("ij,ij->i", rows, rows).astype(np.float64)
     return result
-
-
-def _encode(rows: Floats, type: GGMLType, weights: Floats | None, n_threads: int | None) -> tuple[Any, Floats]:
-    encoded = quantize(np.ascontiguousarray(rows, dtype=np.float32), type, weights, n_threads=n_threads)
-    return encoded, dequantize(encoded, type, rows.shape, n_threads=n_threads)
