@@ -34,7 +34,7 @@ class Amount:
     count: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.share:.0%}" if self.share is not None else str(self.count)
+        return f"{100 * self.share:g}%" if self.share is not None else str(self.count)
 
 
 def parse_share(text: str, option: str = "--keep") -> float:

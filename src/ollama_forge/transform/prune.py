@@ -29,7 +29,10 @@ from ollama_forge.transform.origin import edited_fields
 from ollama_forge.weights.checkpoint import Checkpoint
 
 PIECE_ELEMENTS = 1 << 20
-_LEFT_OUT = frozenset({"split.no", "split.count", "split.tensors.count", "general.size_label"})
+# What would no longer be true; the number of parameters is counted by those who want it.
+_LEFT_OUT = frozenset(
+    {"split.no", "split.count", "split.tensors.count", "general.size_label", "general.parameter_count"}
+)
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 # Arrays of an architecture that have one item for each layer; others may have as many items by chance.
 _NOT_PER_LAYER = ("rope.dimension_sections",)
