@@ -78,6 +78,10 @@ def test_done_again_it_changes_nothing(place: Path, finished: Any) -> None:
     assert again["evaluation"] == finished["evaluation"]
 
 
+def test_it_is_made_again_from_its_record(place: Path, finished: Any) -> None:
+    assert forge_json("registry", "rebuild", "whole")["same"] is True
+
+
 def test_what_is_there_is_kept(place: Path, tmp_path: Path) -> None:
     taken = forge(*words(place, tmp_path / "other", "base", *SMALL))
     assert taken.code == 1 and "--force" in taken.err and not (tmp_path / "other").exists()

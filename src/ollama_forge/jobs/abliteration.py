@@ -10,7 +10,7 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +153,11 @@ def ablate_and_land(
     started = time.monotonic()
     options = options or ApplyOptions()
     _require_plain(model)
+    matrix = [file_ingredient(options.imatrix, "imatrix")] if options.imatrix else []
     work = working(
         "abliterate",
-        [ingredient_of(model), file_ingredient(directions, "directions")],
-        ablation=options.ablation,
+        [ingredient_of(model), file_ingredient(directions, "directions"), *matrix],
+        ablation=asdict(options.ablation),
         as_lora=options.as_lora,
     )
     with contextlib.ExitStack() as stack:

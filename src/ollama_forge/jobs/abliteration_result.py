@@ -165,6 +165,8 @@ def land_result(
     projector = work.model.installed.projector if work.model.installed is not None else None
     files = [file_ingredient(path, "prompts") for path in request.prompt_files if path.is_file()]
     files.append(file_ingredient(work.directions_path, "directions"))
+    if request.imatrix is not None:
+        files.append(file_ingredient(request.imatrix, "imatrix"))
     with working(
         "abliterate",
         [ingredient_of(work.resolved), *files],

@@ -1,4 +1,4 @@
-"""Each recorded step, done once more: import, quantize, create, merge, finetune.
+"""Each recorded step, done once more: import, quantize, create, merge, finetune, abliterate, prune.
 
 In: a `Landing` and its base, in place. Out: what it lands, in the store that the options name. The parameters are those
 that `jobs.lineage.working` was given when the step was done first.
@@ -17,11 +17,14 @@ from ollama_forge.errors import UnsupportedError
 from ollama_forge.gguf.imatrix import read_imatrix
 from ollama_forge.gguf.quantize import QuantizeOptions
 from ollama_forge.gguf.types import FileType, GGMLType
+from ollama_forge.jobs.abliteration_repeat import repeat_abliteration
 from ollama_forge.jobs.finetune import RECORDED_SETTINGS, TWIN, finetune
 from ollama_forge.jobs.finetune_setup import FinetuneRequest
 from ollama_forge.jobs.hub_local import fetch_adapter_files, fetch_file, fetch_model_path
 from ollama_forge.jobs.landing import LandedModel, LandOptions, import_folder, land_gguf, land_installed
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, merge_and_land
+from ollama_forge.jobs.pruning import prune_and_land
+from ollama_forge.jobs.pruning_request import CalibrationOptions, PruneOptions
 from ollama_forge.jobs.quantizing import quantize_and_land
 from ollama_forge.jobs.resolve import resolve
 from ollama_forge.registry.document import Landing, Parent
@@ -29,10 +32,11 @@ from ollama_forge.source.hub_files import RepoName
 from ollama_forge.store.installed import InstalledModel
 from ollama_forge.store.modelfile import Modelfile, parse_modelfile
 from ollama_forge.train.options import LoopOptions, LoraOptions
+from ollama_forge.transform.cut_request import parse_amount
 
-STEPS = ("import", "quantize", "create", "merge", "finetune")
-MADE_ON_THE_WAY = {"finetune": ("adapter", "imatrix")}
-"""By step: the roles of what the step itself made; it need not be there to do the step again."""
+STEPS = ("import", "quantize", "create", "merge", "finetune", "abliterate", "prune")
+MADE_ON_THE_WAY = {"finetune": ("adapter", "imatrix"), "abliterate": ("prompts",)}
+"""By step: the roles of what the step made, or no longer needs; it need not be there to do the step again."""
 
 
 def repeat_step(landing: Landing, source: InstalledModel | Path, options: LandOptions) -> LandedModel:
@@ -48,6 +52,10 @@ def repeat_step(landing: Landing, source: InstalledModel | Path, options: LandOp
     changes = _modelfile(landing.parameters.get("modelfile"))
     if landing.step == "finetune":
         return _finetune(landing, source, changes, options)
+    if landing.step == "abliterate":
+        return _abliterate(landing, source, changes, options)
+    if landing.step == "prune":
+        return _prune(landing, source, changes, options)
     adapters, matrix = _paths(landing, "adapter"), next(iter(_paths(landing, "imatrix")), None)
     if landing.step == "merge":
         return _merge(landing, source, adapters, matrix, changes, options)
@@ -97,6 +105,32 @@ def _merge(
     merging = MergeOptions(untie=landing.parameters["untie"], imatrix=matrix)
     base = resolve(_ref(source), options.store_path)
     return merge_and_land(base, inputs, landing.name, changes, options, merging)[1]
+
+
+def _abliterate(
+    landing: Landing, source: InstalledModel | Path, changes: Modelfile, options: LandOptions
+) -> LandedModel:
+    directions, matrix = _paths(landing, "directions"), next(iter(_paths(landing, "imatrix")), None)
+    if not directions:
+        raise UnsupportedError(
+            f"{landing.name!r} was abliterated elsewhere, and only landed here",
+            next="Land it again: ollama-forge abliterate run --from-checkpoint REF --name NAME",
+        )
+    model = resolve(_ref(source), options.store_path)
+    return repeat_abliteration(model, directions[0], landing.name, changes, landing.parameters, matrix, options)
+
+
+def _prune(landing: Landing, source: InstalledModel | Path, changes: Modelfile, options: LandOptions) -> LandedModel:
+    """The same layers go, without looking; channels and heads are measured again on the same text."""
+    plain = landing.parameters
+    text = next(iter(_paths(landing, "data")), None)
+    wanted = PruneOptions(
+        drop=tuple(plain["dropped_layers"]),
+        width={name: parse_amount(amount, name) for name, amount in plain["width"].items()},
+        by=plain["by"],
+        calibration=CalibrationOptions(text, plain["tokens"], plain["context"], plain["seed"]),
+    )
+    return prune_and_land(resolve(_ref(source), options.store_path), landing.name, changes, options, wanted)[1]
 
 
 def _ref(source: InstalledModel | Path) -> str:
