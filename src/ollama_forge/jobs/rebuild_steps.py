@@ -35,7 +35,7 @@ from ollama_forge.train.options import LoopOptions, LoraOptions
 from ollama_forge.transform.cut_request import parse_amount
 
 STEPS = ("import", "quantize", "create", "merge", "finetune", "abliterate", "prune")
-MADE_ON_THE_WAY = {"finetune": ("adapter", "imatrix"), "abliterate": ("prompts",)}
+MADE_ON_THE_WAY = {"finetune": ("adapter", "imatrix"), "abliterate": ("prompts", "adapter")}
 """By step: the roles of what the step made, or no longer needs; it need not be there to do the step again."""
 
 
