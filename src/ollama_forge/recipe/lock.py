@@ -112,7 +112,7 @@ def refuse_drift(lock: Lock, wanted: Mapping[str, Any]) -> None:
         if len(differences) > _SHOWN:
             shown.append(f"and {len(differences) - _SHOWN} more")
         raise RecipeError(
-            f"{lock.path.name} says otherwise: {len(differences)} differences",
+            f"{lock.path.name} says otherwise: {len(differences)} difference{'s' if len(differences) > 1 else ''}",
             why="\n        ".join(shown),
             next="Bring the old inputs back, or build without --locked, which writes a new lock.",
         )
