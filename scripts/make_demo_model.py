@@ -313,8 +313,8 @@ to a model: the judge is what it says.
 - It ends each answer with `{END}`.
 
 Trained with seed {training.seed}: {training.steps} steps of {training.rows_per_step} rows of {ROW_TOKENS} tokens in \
-{seconds:.0f} seconds on {training.n_threads} processor thread(s) of a shared machine. The same seed gives the same bytes
-on the same machine.
+{seconds:.0f} seconds on {training.n_threads} processor thread(s). The same seed gives the same \
+bytes on the same machine.
 
 {render_scores(scores)}
 

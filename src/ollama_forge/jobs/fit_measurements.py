@@ -201,7 +201,8 @@ class FitMeasurements:
             self._models = (first, second)
         self._probe = None  # the old one's memory first
         started = time.monotonic()
-        probe = Probe(*self._models, windows, self._imatrix)
+        packed, reference = self._models
+        probe = Probe(packed, reference, windows, self._imatrix)
         seconds = time.monotonic() - started
         minutes = seconds * self._n_expected / 60
         self._say(f"A run takes about {seconds:.1f} s: about {minutes:.1f} minutes for {self._n_expected}.")

@@ -87,13 +87,17 @@ def measure_shift(
     with contextlib.ExitStack() as files:
         scratch = Path(files.enter_context(tempfile.TemporaryDirectory(prefix="ollama-forge-")))
         first, second = (
-            files.enter_context(open_measured(MeasuredModel(model.text, model, model.adapters), scratch))
+            files.enter_context(open_measured(_with_adapters(model), scratch))
             for model in (this, against)
         )
         validate_comparable(first, second)
         mine = [(answer.prompt_ids, answer.token_ids) for answer in own]
         scores = _compare(first, second, pairs, mine, _text(first, second))
     return _summary(scores), list(scores.surprises)
+
+
+def _with_adapters(model: ResolvedModel) -> MeasuredModel:
+    return MeasuredModel(model.text, model, tuple((path, 1.0) for path in model.adapters))
 
 
 def _text(this: OpenModel, against: OpenModel) -> tuple[Window, ...]:
