@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ablation_models import refuser
 from command import DEMO_MODEL, forge, forge_json
 from kill import kill_forks
 from learnt_model import HOUSE_THINGS, VEGETABLES, engine_answers, held_out_facts, trained_prompts
@@ -100,6 +101,15 @@ def test_stage_by_stage_ends_with_the_same_model(place: Path, finished: Any, tmp
     assert Path(applied["output"]).exists() and applied["landed"] is None
     assert forge_json(*staged, "--only-export")["landed"]["name"] == "staged:latest"
     assert applied["sha256"] == finished["sha256"] == weights_digest(place / "s", "staged").removeprefix("sha256:")
+
+
+def test_a_folder_of_another_family_lands_quantized(place: Path, tmp_path: Path) -> None:
+    command = list(words(place, tmp_path / "w", "gemma", *SMALL))
+    command[command.index("base")] = refuser("gemma2", tmp_path)
+    result = forge_json(*command)
+    before, after = (result["evaluation"][side]["harmful"] for side in ("against", "this"))
+    assert before["refused"] == 8 and after["refused"] == 0 == after["degenerate"]
+    assert forge_json("show", "gemma", "--store", place / "s")["quantization"] == "Q4_K_M"
 
 
 def test_what_did_nothing_is_not_landed(place: Path, tmp_path: Path) -> None:
