@@ -87,8 +87,7 @@ def measure_shift(
     with contextlib.ExitStack() as files:
         scratch = Path(files.enter_context(tempfile.TemporaryDirectory(prefix="ollama-forge-")))
         first, second = (
-            files.enter_context(open_measured(_with_adapters(model), scratch))
-            for model in (this, against)
+            files.enter_context(open_measured(_with_adapters(model), scratch)) for model in (this, against)
         )
         validate_comparable(first, second)
         mine = [(answer.prompt_ids, answer.token_ids) for answer in own]
