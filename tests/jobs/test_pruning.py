@@ -153,6 +153,18 @@ def test_a_pruned_model_lands_with_what_its_source_says_and_with_its_lineage(tmp
     assert lineage.code == 0 and "prune" in lineage.out and "whole" in lineage.out
 
 
+@pytest.mark.parametrize("words", [("--layers", 2), ("--width", "ffn=51.5%,heads=50%")])
+def test_a_pruned_model_is_made_again_from_its_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[object, ...]
+) -> None:
+    monkeypatch.setenv("OLLAMA_FORGE_HOME", str(tmp_path / "forge"))
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "models"))
+    forge_json("import", MODEL_DIR, "--name", "whole", "--quant", "Q8_0", "--no-check")
+    more = ("--tokens", 300, "--system", "Be brief.", "--no-check")
+    forge_json("downsize", "prune", "whole", *words, "--name", "small", *more)
+    assert forge_json("registry", "rebuild", "small")["same"] is True
+
+
 def test_a_picture_of_the_ranking_is_drawn(deep: Path, tmp_path: Path) -> None:
     words = ("downsize", "prune", deep, "--keep", "80%", "--dry-run", "--tokens", 300, "--plot")
     forge_json(*words, tmp_path / "ranking.html")

@@ -19,7 +19,6 @@ import numpy as np
 from ollama_forge.errors import ExistsError, UsageError
 from ollama_forge.files import Progress, no_progress, refuse_existing, require_free_space, temp_path_beside
 from ollama_forge.jobs.conversion import ConvertOptions, PlannedGGUF, convert_folder, write_planned
-from ollama_forge.jobs.finetune_setup import require_extra
 from ollama_forge.jobs.landing import LandedModel, LandOptions, land_planned
 from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, modelfile_text, working
 from ollama_forge.jobs.merging import inherited
@@ -266,6 +265,8 @@ def _open_pruning(
         target_sizes = settle_target(checkpoint, options)
         needs_pass = bool(target_sizes.parts) or (target_sizes.n_layers is not None and not options.drop)
         if needs_pass:
+            from ollama_forge.jobs.finetune_setup import require_extra  # a cut of named layers trains nothing
+
             require_extra()
         packed = checkpoint
         if checkpoint.folder is not None and (needs_pass or as_gguf):
