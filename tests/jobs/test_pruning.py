@@ -133,6 +133,9 @@ def test_the_same_command_gives_the_same_bytes(deep: Path, tmp_path: Path) -> No
 
 def test_a_folder_becomes_a_smaller_folder_or_a_smaller_gguf(tmp_path: Path) -> None:
     for output in ("small", "small.gguf"):
+        words = ("downsize", "prune", MODEL_DIR, "--layers", 2, "-o", tmp_path / "new" / output, "--tokens", 300)
+        assert forge_json(*words, "--dry-run")["dry_run"]
+        assert not (tmp_path / "new").exists()
         done = forge_json("downsize", "prune", MODEL_DIR, "--layers", 2, "-o", tmp_path / output, "--tokens", 300)
         assert done["sizes"]["layers"] == 2
     assert json.loads((tmp_path / "small" / "config.json").read_text())["num_hidden_layers"] == 2

@@ -168,7 +168,8 @@ def prune_model(
     started = time.monotonic()
     _require_output(model, output, overwrite)
     is_gguf = output.suffix.lower() == ".gguf"
-    with _open_pruning(model, options, output, progress, as_gguf=is_gguf) as pruning:
+    scratch = _scratch_path() if dry_run else output
+    with _open_pruning(model, options, scratch, progress, as_gguf=is_gguf) as pruning:
         if is_gguf:
             written = write_planned(
                 pruning.gguf, output, started, overwrite=overwrite, dry_run=dry_run, progress=progress
@@ -194,10 +195,9 @@ def prune_and_land(
         As `jobs.landing` says.
     """
     started = time.monotonic()
-    scratch = Path(tempfile.gettempdir()) / "converted.gguf"
     projector = model.installed.projector if model.installed is not None else None
     with (
-        _open_pruning(model, options, scratch, land_options.progress, as_gguf=True) as pruning,
+        _open_pruning(model, options, _scratch_path(), land_options.progress, as_gguf=True) as pruning,
         pruning_work(model, options, pruning.dropped, changes),
     ):
         landed = land_planned(
@@ -288,6 +288,11 @@ def _open_pruning(
         file = source.gguf or source.folder
         assert file is not None
         yield _OpenPruning(source, plan, dropped, importance, file.size_bytes)
+
+
+def _scratch_path() -> Path:
+    """Where a folder becomes a GGUF for a while, when the result does not say on which disk there is room."""
+    return Path(tempfile.gettempdir()) / "converted.gguf"
 
 
 @contextlib.contextmanager
