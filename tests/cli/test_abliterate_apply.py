@@ -79,6 +79,10 @@ def test_a_dry_run_changes_nothing_and_says_what_would_be(place: Path) -> None:
     document = forge_json(*words, "-o", place / "dry.gguf")
     assert document["dry_run"] and document["bytes"] == (place / "model.gguf").stat().st_size
     assert forge_json(*words, "--name", "dry", "--store", place / "store")["dry_run"]
+    for model in (place / "model.gguf", world.MODEL_DIR):
+        plan = forge_json(*compute(place, model, "planned.safetensors"), "--dry-run", "--num-instructions", 10)
+        assert (plan["harmful_prompts"], plan["harmless_prompts"], plan["dry_run"]) == (10, 10, True)
+        assert plan["tokens"] > 200 and (plan["scratch_bytes"] > 0) == (model == world.MODEL_DIR)
     assert tree_hash(place) == before
 
 

@@ -11,7 +11,7 @@ from ablation_models import LAYOUTS, random_directions, refuser, share_left, to_
 
 from ollama_forge.dataset.chat_format import chat_format_of
 from ollama_forge.dataset.render import render_prompt
-from ollama_forge.errors import AdapterError, DatasetError, ExistsError, TemplateError, UsageError
+from ollama_forge.errors import AdapterError, DatasetError, ExistsError, TemplateError, UnsupportedError, UsageError
 from ollama_forge.files import atomic_output
 from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.gguf.writer import copy_entry, from_reader, write_gguf
@@ -201,6 +201,20 @@ def test_a_model_without_a_chat_template_is_refused(demo: Path, tmp_path: Path) 
         write_gguf(sink, fields, [copy_entry(file, name) for name in file.tensors])
     with pytest.raises(TemplateError, match="no chat template"):
         compute_direction(gguf(tmp_path / "plain.gguf"), REFUSED, ANSWERED, tmp_path / "d.safetensors")
+
+
+def test_a_family_without_rows_is_refused(demo: Path, tmp_path: Path) -> None:
+    from ollama_forge.gguf.writer import string
+
+    strange = tmp_path / "zebra.gguf"
+    with open_gguf(demo) as file, atomic_output(strange) as sink:
+        fields = [from_reader(field) for key, field in file.fields.items() if key != "general.architecture"]
+        fields.append(string("general.architecture", "zebra"))
+        write_gguf(sink, fields, [copy_entry(file, name) for name in file.tensors])
+    with pytest.raises(UnsupportedError, match="zebra"):
+        apply_ablation(gguf(strange), demo.parent / "d.safetensors", tmp_path / "out.gguf")
+    with pytest.raises(UnsupportedError, match="zebra"):
+        compute_direction(gguf(strange), REFUSED, ANSWERED, tmp_path / "d.safetensors")
 
 
 def test_nothing_is_overwritten_and_no_model_is_edited_in_place(demo: Path, tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ollama_forge.cli.console import Console
-from ollama_forge.cli.options import console_options, store_option
+from ollama_forge.cli.console import Console, human_bytes
+from ollama_forge.cli.options import console_options, store_option, write_options
 from ollama_forge.errors import UsageError
 
 if TYPE_CHECKING:
-    from ollama_forge.jobs.abliteration import ComputedDirections
+    from ollama_forge.jobs.directions import ComputedDirections, DirectionPlan
 
 
 class JoinsFractions(click.Command):
@@ -85,7 +85,7 @@ class JoinsFractions(click.Command):
 @click.option("--load-in-8bit", is_flag=True, help="Read a Hugging Face folder as Q8_0, in half the memory.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--try/--no-try", "try_prompts", default=True, help="Ask the model a few prompts first (default: yes).")
-@click.option("--force", is_flag=True, help="Replace the file when it is there.")
+@write_options
 @store_option
 @console_options
 def command(
@@ -104,6 +104,7 @@ def command(
     projected: bool,
     positions: tuple[int, ...],
     force: bool,
+    dry_run: bool,
     store_path: Path | None,
     console: Console,
     **settings: Any,
@@ -114,7 +115,7 @@ def command(
     are yours: a list that the model refuses, and one of like kind that it answers.
     """
     from ollama_forge.dataset.prompts import read_prompts
-    from ollama_forge.jobs.abliteration import ComputeOptions, compute_direction
+    from ollama_forge.jobs.directions import ComputeOptions, compute_direction, plan_directions
     from ollama_forge.jobs.resolve import resolve
     from ollama_forge.train.direction_options import DirectionOptions
 
@@ -133,6 +134,10 @@ def command(
             )
         lists.append(read_prompts(paths))
     found = resolve(ref or model or "", store_path)
+    if dry_run:
+        plan = plan_directions(found, lists[0], lists[1], output, options, overwrite=force)
+        console.result(plan.document(), lambda: _show_plan(console, plan))
+        return
     computed = compute_direction(found, lists[0], lists[1], output, options, overwrite=force, progress=console.progress)
     for warning in computed.warnings:
         console.warn(warning)
@@ -156,6 +161,15 @@ def parse_fractions(fraction: str | None, fractions: tuple[str, ...]) -> tuple[f
         return tuple(float(word) for word in words)
     except ValueError as exc:
         raise UsageError(f"A layer fraction is not a number: {exc}", next="Example: --layer-fracs 0.4,0.5,0.6") from exc
+
+
+def _show_plan(console: Console, plan: DirectionPlan) -> None:
+    console.line(
+        f"Would run {plan.harmful} and {plan.harmless} prompts ({plan.tokens:,} tokens, the longest {plan.longest:,}) "
+        f"once, in about {human_bytes(plan.memory_bytes)} of memory, and write {plan.output}. Nothing was changed."
+    )
+    if plan.scratch_bytes:
+        console.line(f"The folder is read through a temporary GGUF of {human_bytes(plan.scratch_bytes)}.")
 
 
 def show_evidence(console: Console, computed: ComputedDirections) -> None:

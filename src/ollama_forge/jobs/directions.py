@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import random
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ollama_forge.arch.families import find_family_by_gguf
+from ollama_forge.convert.plan import plan_conversion
 from ollama_forge.dataset.chat_format import ChatFormat, chat_format_of
 from ollama_forge.dataset.refusal_markers import read_markers
 from ollama_forge.dataset.render import render_prompt
 from ollama_forge.dataset.verdicts import Kind, Tally, count_verdicts, judge_answer
 from ollama_forge.errors import AdapterError, DatasetError, TemplateError, UsageError
-from ollama_forge.files import Progress, no_progress, refuse_existing, write_bytes
+from ollama_forge.files import Progress, no_progress, refuse_existing, require_free_space, write_bytes
+from ollama_forge.gguf.quantize import QuantizeOptions
 from ollama_forge.gguf.reader import GGUFFile, open_gguf
 from ollama_forge.gguf.types import FileType
 from ollama_forge.jobs.ablation_bench import require_not_swapped
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
 
 TRIED_PROMPTS = 6
 TRIED_TOKENS = 24
+_RUNNING_BYTES = 700 << 20  # torch itself, one batch's activations, the pieces that are dequantized
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,94 @@ class ComputedDirections:
         }
 
 
+@dataclass(frozen=True)
+class DirectionPlan:
+    """What `compute_direction` would do.
+
+    Attributes:
+        longest: tokens of the longest prompt.
+        scratch_bytes: of the 16-bit (or Q8_0) GGUF that a Hugging Face folder is read through; 0 for a GGUF.
+        memory_bytes: about what it will take: the packed weights as they are read, and the states that are kept.
+    """
+
+    output: Path
+    harmful: int
+    harmless: int
+    tokens: int
+    longest: int
+    scratch_bytes: int
+    memory_bytes: int
+
+    def document(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {
+            "output": str(self.output),
+            "harmful_prompts": self.harmful,
+            "harmless_prompts": self.harmless,
+            "tokens": self.tokens,
+            "longest": self.longest,
+            "scratch_bytes": self.scratch_bytes,
+            "memory_bytes": self.memory_bytes,
+            "dry_run": True,
+        }
+
+
+def plan_directions(
+    model: ResolvedModel,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    output: Path,
+    options: ComputeOptions | None = None,
+    *,
+    overwrite: bool = False,
+) -> DirectionPlan:
+    """Check all that can be checked without running the model; nothing is written.
+
+    Raises:
+        As `compute_direction`, but that the lists look exchanged.
+    """
+    options = options or ComputeOptions()
+    chosen = _checked(model, harmful, harmless, output, options, overwrite)
+    with contextlib.ExitStack() as stack:
+        if model.folder is not None:
+            conversion = stack.enter_context(plan_conversion(model.folder, _conversion(options)))
+            metadata: Mapping[str, Any] = {field.key: field.value for field in conversion.fields}
+            size_bytes = scratch_bytes = conversion.size_bytes
+            require_free_space(Path(tempfile.gettempdir()), scratch_bytes, "the converted model")
+        else:
+            assert model.gguf_path is not None
+            gguf = stack.enter_context(open_gguf(model.gguf_path))
+            find_family_by_gguf(gguf.architecture)
+            metadata, size_bytes, scratch_bytes = gguf.metadata, gguf.size_bytes, 0
+        rows = [_tokenized(model, metadata, prompts) for prompts in chosen]
+        architecture = metadata.get("general.architecture")
+        n_layers, width = (metadata.get(f"{architecture}.{key}") for key in ("block_count", "embedding_length"))
+    per_prompt = 4 * n_layers * width if isinstance(n_layers, int) and isinstance(width, int) else 0
+    n_prompts = len(rows[0]) + len(rows[1])
+    lengths = [len(row) for part in rows for row in part]
+    memory_bytes = size_bytes + per_prompt * n_prompts * len(options.directions.positions) + _RUNNING_BYTES
+    return DirectionPlan(output, len(rows[0]), len(rows[1]), sum(lengths), max(lengths), scratch_bytes, memory_bytes)
+
+
+def _checked(
+    model: ResolvedModel,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    output: Path,
+    options: ComputeOptions,
+    overwrite: bool,
+) -> list[list[str]]:
+    """The prompts that are drawn from both lists, once nothing speaks against them."""
+    options.directions.validate()
+    layers_at(options.layer_fracs, 1)
+    require_packages()
+    for path in (output, output.with_suffix(".png")):
+        refuse_existing(path, overwrite=overwrite)
+    _require_plain(model)
+    _require_disjoint(harmful, harmless)
+    return [_draw(prompts, options.n_instructions, options.seed) for prompts in (harmful, harmless)]
+
+
 def compute_direction(
     model: ResolvedModel,
     harmful: Sequence[str],
@@ -114,20 +207,14 @@ def compute_direction(
     """
     started = time.monotonic()
     options = options or ComputeOptions()
-    options.directions.validate()
-    require_packages()
+    chosen = _checked(model, harmful, harmless, output, options, overwrite)
     picture = output.with_suffix(".png")
-    for path in (output, picture):
-        refuse_existing(path, overwrite=overwrite)
-    _require_plain(model)
-    _require_disjoint(harmful, harmless)
-    chosen = [_draw(prompts, options.n_instructions, options.seed) for prompts in (harmful, harmless)]
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(_as_gguf(model, options, progress))
         assert model.gguf_path is not None
         gguf = stack.enter_context(open_gguf(model.gguf_path))
-        _require_template(model, gguf)
-        rows = [_tokenized(model, gguf, prompts) for prompts in chosen]
+        find_family_by_gguf(gguf.architecture)
+        rows = [_tokenized(model, gguf.metadata, prompts) for prompts in chosen]
         warnings = _try_prompts(model, *chosen) if options.try_prompts else ()
         report = _run(gguf, rows, options, progress)
     from ollama_forge.train.direction_plot import draw_evidence
@@ -171,15 +258,14 @@ def _as_gguf(model: ResolvedModel, options: ComputeOptions, progress: Progress) 
     if model.folder is None:
         yield model
         return
-    import tempfile
-
-    from ollama_forge.gguf.quantize import QuantizeOptions
-
-    quantize = QuantizeOptions(FileType.MOSTLY_Q8_0) if options.load_in_8bit else None
     with tempfile.TemporaryDirectory(prefix="ollama-forge-") as scratch:
         path = Path(scratch) / "model.gguf"
-        convert_folder(model.folder, path, ConvertOptions(quantize=quantize), progress=progress)
+        convert_folder(model.folder, path, _conversion(options), progress=progress)
         yield replace(model, gguf_path=path, folder=None)
+
+
+def _conversion(options: ComputeOptions) -> ConvertOptions:
+    return ConvertOptions(quantize=QuantizeOptions(FileType.MOSTLY_Q8_0) if options.load_in_8bit else None)
 
 
 def _draw(prompts: Sequence[str], count: int, seed: int) -> list[str]:
@@ -188,9 +274,10 @@ def _draw(prompts: Sequence[str], count: int, seed: int) -> list[str]:
     return random.Random(seed).sample(list(prompts), count)
 
 
-def _tokenized(model: ResolvedModel, gguf: GGUFFile, prompts: Sequence[str]) -> list[list[int]]:
-    chat_format: ChatFormat = chat_format_of(gguf.metadata)
-    context = gguf.arch_value("context_length")
+def _tokenized(model: ResolvedModel, metadata: Mapping[str, Any], prompts: Sequence[str]) -> list[list[int]]:
+    _require_template(model, metadata)
+    chat_format: ChatFormat = chat_format_of(metadata)
+    context = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     before = [{"role": turn.role, "content": turn.content} for turn in opening_turns(model)]
     rows = []
     for number, prompt in enumerate(prompts, start=1):
@@ -215,8 +302,8 @@ def _require_plain(model: ResolvedModel) -> None:
         )
 
 
-def _require_template(model: ResolvedModel, gguf: GGUFFile) -> None:
-    if "tokenizer.chat_template" not in gguf.metadata:
+def _require_template(model: ResolvedModel, metadata: Mapping[str, Any]) -> None:
+    if "tokenizer.chat_template" not in metadata:
         raise TemplateError(
             f"{model.text!r} has no chat template",
             why="The direction is that of a chat model about to answer a user's turn; a base model continues text.",
