@@ -168,7 +168,7 @@ with contextlib.redirect_stdout(out):
     status = main([str(word) for word in {argv}])
 assert status == 0, (status, out.getvalue())
 """
-POINTS = 3
+KILLED_AT = (0.3, 0.8)
 TINY = (
     "--layer-fracs",
     "0.7",
@@ -201,7 +201,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_model(place: Path, tmp_path: Pat
     whole = copy("whole")
     (ended,) = kill_forks(PREPARATION, code, [(whole, 0)])
     assert ended.returncode == 0, ended.stderr
-    points = [1 + index * (ended.n_events - 1) // (POINTS - 1) for index in range(POINTS)]
+    points = [round(share * ended.n_events) for share in KILLED_AT]
     roots = [copy(str(point)) for point in points]
     assert all(outcome.was_killed for outcome in kill_forks(PREPARATION, code, list(zip(roots, points, strict=True))))
     for root in roots:
