@@ -15,11 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import learnt_model as world
 import pytest
 from command import DEMO_MODEL, forge, forge_json, tree_hash
 
-from ollama_forge.cli.downsize import command as downsize_group
+from ollama_forge.cli import root
 from ollama_forge.jobs.downsizing_plan import LOWER_TYPES, parse_goal
 from ollama_forge.jobs.downsizing_report import Row, judge_rows
 from ollama_forge.jobs.resolve import resolve
@@ -202,8 +203,18 @@ def test_the_script_runs_under_bash_with_every_word_quoted(here: Path, tmp_path:
     assert verbs[14] == "convert" and "downsize prune" not in verbs[15:]
     distill = next(call for call in calls if call[:2] == ["downsize", "distill"])
     assert distill[distill.index("--data") + 1] == str(data) and distill[-2:] == ["--lr", "0.001"]
+    context = click.Context(root)
     for call in calls:
-        if call[0] == "downsize":
-            sub = downsize_group.get_command(None, call[1])  # type: ignore[arg-type]
-            assert sub is not None
-            sub.make_context(call[1], call[2:])
+        command = root.get_command(context, call[0])
+        given = call[1:]
+        while isinstance(command, click.Group):
+            command = command.get_command(context, given.pop(0))
+        assert command is not None
+        command.make_parser(click.Context(command)).parse_args(given)
+
+
+def test_a_folder_is_converted_first_in_the_script(here: Path, tmp_path: Path) -> None:
+    argv = ["downsize", "pipeline", DEMO_MODEL, "--name", "x", "--target", "75%", "--data", here / "data.jsonl"]
+    text = forge_json(*argv, "--write-script", tmp_path / "d.sh", "--dry-run")["text"]
+    assert 'ollama-forge convert "$MODEL" -o "$WORKDIR/original.gguf"' in text
+    assert not (tmp_path / "d.sh").exists()

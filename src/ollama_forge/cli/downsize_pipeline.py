@@ -72,8 +72,9 @@ def command(
 
     request = build_request(ref, changes, settings)
     if write_script is not None:
-        plan, _ = prepare(request, options)
-        _write_script(console, ctx, request, plan, options, write_script)
+        plan, model = prepare(request, options)
+        is_folder = model.folder is not None
+        _write_script(console, ctx, request, plan, options, write_script, is_folder=is_folder)
         return
     from ollama_forge.cli.finetune import ProgressLine
 
@@ -139,6 +140,8 @@ def _write_script(
     plan: PipelinePlan,
     options: LandOptions,
     path: Path,
+    *,
+    is_folder: bool,
 ) -> None:
     from ollama_forge.files import refuse_existing, write_bytes
     from ollama_forge.jobs.downsize_script import render_script
@@ -149,6 +152,7 @@ def _write_script(
         distill_words=_healing_words(ctx, request),
         landing_words=() if options.check else ("--no-check",),
         store_path=options.store_path,
+        is_folder=is_folder,
     )
     refuse_existing(path, overwrite=options.overwrite)
     content = text.encode("utf-8", "surrogateescape")

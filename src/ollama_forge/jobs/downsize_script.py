@@ -12,6 +12,11 @@ from pathlib import Path
 
 from ollama_forge.jobs.downsizing_plan import PipelinePlan, PipelineRequest, PruneStep
 
+_CONVERSION = (
+    'if [ ! -e "$WORKDIR/original.gguf" ]; then ollama-forge convert "$MODEL" -o "$WORKDIR/original.gguf"; fi',
+    'MODEL="$WORKDIR/original.gguf"',
+)
+
 
 def render_script(
     request: PipelineRequest,
@@ -20,12 +25,14 @@ def render_script(
     distill_words: Sequence[str] = (),
     landing_words: Sequence[str] = (),
     store_path: Path | None = None,
+    is_folder: bool = False,
 ) -> str:
     """The script's text; the same request gives the same text.
 
     Args:
         distill_words: more options for healing, as typed.
         landing_words: more options for landing, as typed.
+        is_folder: the model is a Hugging Face folder, which becomes a GGUF first.
     """
     lines = [
         "#!/usr/bin/env bash",
@@ -50,6 +57,7 @@ def render_script(
         "DATA_OPTIONS=()",
         'for path in "${DATA[@]}"; do DATA_OPTIONS+=(--data "$path"); done',
         'mkdir -p -- "$WORKDIR"',
+        *(_CONVERSION if is_folder else ()),
         'CURRENT="$MODEL"',
         "",
         "measure() {",
@@ -90,10 +98,7 @@ def _step(step: PruneStep, request: PipelineRequest, n_parts: int, words: Sequen
         *(
             ['  mv -- "$HEALING/student.gguf" "$HEALED"']
             if request.distill.is_full
-            else [
-                '  ollama-forge merge "$PRUNED" --adapter "$HEALING/adapter" --imatrix "$HEALING/imatrix.gguf" '
-                '-o "$HEALED"'
-            ]
+            else ['  ollama-forge merge "$PRUNED" "$HEALING/adapter" --imatrix "$HEALING/imatrix.gguf" -o "$HEALED"']
         ),
         "fi",
         'measure "$HEALED"',

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import (
     EarlyStoppingCallback,
@@ -32,7 +33,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from ollama_forge.dataset.tokenize import Tokenized
-from ollama_forge.errors import TrainingError
+from ollama_forge.errors import TrainingError, UnsupportedError
 from ollama_forge.train.distill_batches import IGNORED, answer_itself, batch_items, collate
 from ollama_forge.train.distill_loss import Targets, distill_scores
 from ollama_forge.train.distill_options import DistillLoss, DistillOptions, TrainedStudent
@@ -47,6 +48,7 @@ from ollama_forge.train.teacher import Batch, Teacher, wanted_positions
 STUDENT_FILE = "student.gguf"
 ADAPTER_FOLDER = "adapter"
 _JUDGED_ROWS = 32
+_WHOLE_MODELS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 @dataclass(frozen=True)
@@ -234,6 +236,13 @@ class DistillTrainer(Trainer):
             data_collator=collate,
             callbacks=callbacks,
         )
+        if self.accelerator.distributed_type not in _WHOLE_MODELS:
+            raise UnsupportedError(
+                f"{self.accelerator.distributed_type.value} would cut the student's weights into shards",
+                why="Packed blocks cannot be cut, and what was learnt is written back from whole weights.",
+                next="Start it with: accelerate launch --multi_gpu --num_processes N; use LoRA and --cache where "
+                "memory is short.",
+            )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True
         self._teacher = teacher
