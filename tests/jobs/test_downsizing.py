@@ -107,13 +107,15 @@ def kill_when(argv: list[str], is_reached: Callable[[], bool]) -> None:
             child.send_signal(signal.SIGKILL)
 
 
-def test_lora_healing_in_two_steps_through_a_cache(here: Path, tmp_path: Path) -> None:
+def test_lora_healing_of_a_folder_in_two_steps_through_a_cache(here: Path, tmp_path: Path) -> None:
     more = ("--target", "45%", "--cache", "--max-steps", "2", "--batch-size", "4", "--max-length", "64", "--no-check")
-    result = forge_json(*words(here, tmp_path, *more))
+    argv = words(here, tmp_path, *more)
+    argv[argv.index(str(here / "whole.gguf"))] = str(DEMO_MODEL)
+    result = forge_json(*argv)
     assert [step["layers"] for step in result["plan"]["steps"]] == [2, 1]
     assert len(list((tmp_path / "work" / "teacher").iterdir())) == 1  # both steps read what was kept once
     assert (tmp_path / "work" / "step-2-healed.gguf").stat().st_size < 0.5 * (here / "whole.gguf").stat().st_size
-    other = forge(*words(here, tmp_path, *more, "--rank", "4", "--name", "other"))
+    other = forge(*argv, "--rank", "4", "--name", "other")
     assert other.code == 1 and "another downsizing" in other.err
 
 
