@@ -36,3 +36,11 @@ def test_a_file_that_goes_to_the_disk_in_several_pieces_is_whole(tmp_path: Path)
         sink.write(b"end")
     assert (tmp_path / "large").stat().st_size == 10 * len(piece) + 3
     assert hash_file(tmp_path / "large").sha256 == sink.sha256 == hashlib.sha256(piece * 10 + b"end").hexdigest()
+
+
+def test_a_file_that_is_not_hashed_is_written_the_same(tmp_path: Path) -> None:
+    with atomic_output(tmp_path / "file", is_hashed=False) as sink:
+        sink.write(b"small")
+        sink.write(bytes(3 << 20))
+    assert (tmp_path / "file").read_bytes() == b"small" + bytes(3 << 20)
+    assert sink.size_bytes == 5 + (3 << 20) and sink.sha256 == ""

@@ -53,11 +53,14 @@ class WrittenFile:
 
 
 class HashingWriter:
-    """A sink that hashes what passes through it; `sha256` is known the moment the last byte is written."""
+    """A sink that hashes what passes through it; `sha256` is known the moment the last byte is written.
 
-    def __init__(self, stream: BinaryIO, path: Path) -> None:
+    Hashing is most of the work where bytes are only copied: `is_hashed` false leaves it out.
+    """
+
+    def __init__(self, stream: BinaryIO, path: Path, *, is_hashed: bool = True) -> None:
         self._stream = stream
-        self._hash = hashlib.sha256()
+        self._hash = hashlib.sha256() if is_hashed else None
         self._hasher: ThreadPoolExecutor | None = None
         self._syncer: ThreadPoolExecutor | None = None
         self._syncing: Future[None] | None = None
@@ -67,7 +70,9 @@ class HashingWriter:
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         view = memoryview(data).cast("B")
-        if len(view) < _OVERLAP_BYTES:
+        if self._hash is None:
+            self._stream.write(view)
+        elif len(view) < _OVERLAP_BYTES:
             self._hash.update(view)
             self._stream.write(view)
         else:
@@ -110,8 +115,8 @@ class HashingWriter:
 
     @property
     def sha256(self) -> str:
-        """64 lowercase hexadecimal digits of everything written so far."""
-        return self._hash.hexdigest()
+        """64 lowercase hexadecimal digits of everything written so far; empty where it was not hashed."""
+        return "" if self._hash is None else self._hash.hexdigest()
 
 
 def _one_thread(name: str) -> ThreadPoolExecutor:
@@ -235,7 +240,7 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def atomic_output(
-    target: Path, *, overwrite: bool = False, expected_bytes: int = 0, mode: int = 0o644
+    target: Path, *, overwrite: bool = False, expected_bytes: int = 0, mode: int = 0o644, is_hashed: bool = True
 ) -> Iterator[HashingWriter]:
     """Give a sink whose bytes appear under `target` only when the block ends well.
 
@@ -244,6 +249,7 @@ def atomic_output(
         overwrite: replace an existing file (atomically).
         expected_bytes: checked against the free space first; 0 when unknown.
         mode: permission bits of the finished file.
+        is_hashed: whether the sink's `sha256` is wanted.
 
     Raises:
         ExistsError: the target is there and `overwrite` is false.
@@ -258,7 +264,7 @@ def atomic_output(
     try:
         try:
             with temp.open("xb", buffering=1 << 20) as stream:
-                sink = HashingWriter(stream, target)
+                sink = HashingWriter(stream, target, is_hashed=is_hashed)
                 yield sink
                 sink.sync()
             temp.chmod(mode)

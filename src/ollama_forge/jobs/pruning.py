@@ -17,8 +17,16 @@ from typing import Any
 import numpy as np
 
 from ollama_forge.errors import ExistsError, UsageError
-from ollama_forge.files import Progress, no_progress, refuse_existing, require_free_space, temp_path_beside
-from ollama_forge.jobs.conversion import ConvertOptions, PlannedGGUF, convert_folder, write_planned
+from ollama_forge.files import (
+    Progress,
+    atomic_output,
+    no_progress,
+    refuse_existing,
+    require_free_space,
+    temp_path_beside,
+)
+from ollama_forge.gguf.writer import write_gguf
+from ollama_forge.jobs.conversion import ConvertOptions, PlannedGGUF, convert_folder
 from ollama_forge.jobs.landing import LandedModel, LandOptions, land_planned
 from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, modelfile_text, working
 from ollama_forge.jobs.merging import inherited
@@ -51,7 +59,6 @@ class PrunedModel:
 
     output: Path | None
     size_bytes: int
-    sha256: str
     source_bytes: int
     dropped: tuple[int, ...]
     before: ModelSizes
@@ -77,7 +84,6 @@ class PrunedModel:
         return {
             "output": str(self.output) if self.output else None,
             "bytes": self.size_bytes,
-            "sha256": self.sha256,
             "source_bytes": self.source_bytes,
             "parameters": self.parameters_after,
             "source_parameters": self.parameters_before,
@@ -117,7 +123,7 @@ class _OpenPruning:
         assert isinstance(plan, PrunedGGUF)
         return PlannedGGUF(plan.fields, plan.entries, plan.size_bytes, plan.alignment)
 
-    def result(self, output: Path | None, started: float, *, sha256: str, is_dry_run: bool) -> PrunedModel:
+    def result(self, output: Path | None, started: float, *, is_dry_run: bool) -> PrunedModel:
         plan = self.plan
         packed = plan if isinstance(plan, PrunedGGUF) else None
         before = _n_parameters(self.checkpoint)
@@ -131,7 +137,6 @@ class _OpenPruning:
         return PrunedModel(
             output=output,
             size_bytes=plan.size_bytes,
-            sha256=sha256,
             source_bytes=self.source_bytes,
             dropped=self.dropped,
             before=read_sizes(self.checkpoint),
@@ -171,10 +176,8 @@ def prune_model(
     scratch = _scratch_path() if dry_run else output
     with _open_pruning(model, options, scratch, progress, as_gguf=is_gguf) as pruning:
         if is_gguf:
-            written = write_planned(
-                pruning.gguf, output, started, overwrite=overwrite, dry_run=dry_run, progress=progress
-            )
-            return pruning.result(output, started, sha256=written.sha256, is_dry_run=dry_run)
+            _write_gguf(pruning.gguf, output, overwrite=overwrite, dry_run=dry_run, progress=progress)
+            return pruning.result(output, started, is_dry_run=dry_run)
         plan = pruning.plan
         assert isinstance(plan, PrunedFolder)
         if dry_run:
@@ -182,7 +185,7 @@ def prune_model(
         else:
             with progress(f"Writing {output.name}", plan.size_bytes) as advance:
                 write_pruned_folder(pruning.checkpoint, plan, output, overwrite=overwrite, advance=advance)
-        return pruning.result(output, started, sha256="", is_dry_run=dry_run)
+        return pruning.result(output, started, is_dry_run=dry_run)
 
 
 def prune_and_land(
@@ -207,7 +210,7 @@ def prune_and_land(
             land_options,
             projector=projector,
         )
-        return pruning.result(None, started, sha256="", is_dry_run=land_options.dry_run), landed
+        return pruning.result(None, started, is_dry_run=land_options.dry_run), landed
 
 
 def pruning_work(
@@ -288,6 +291,18 @@ def _open_pruning(
         file = source.gguf or source.folder
         assert file is not None
         yield _OpenPruning(source, plan, dropped, importance, file.size_bytes)
+
+
+def _write_gguf(planned: PlannedGGUF, output: Path, *, overwrite: bool, dry_run: bool, progress: Progress) -> None:
+    """Copying is all that a cut of layers does, so the file is not hashed: that would take longer than the rest."""
+    if dry_run:
+        require_free_space(output.parent, planned.size_bytes, output.name)
+        return
+    with (
+        atomic_output(output, overwrite=overwrite, expected_bytes=planned.size_bytes, is_hashed=False) as sink,
+        progress(f"Writing {output.name}", planned.size_bytes) as advance,
+    ):
+        write_gguf(sink, planned.fields, planned.entries, alignment=planned.alignment, advance=advance)
 
 
 def _scratch_path() -> Path:
