@@ -13,7 +13,7 @@ N_ROWS = 4
 
 
 def measure_prune(shop: Workshop) -> list[Row]:
-    """A third of the layers goes; the rest is copied, hashed and renumbered."""
+    """A third of the layers goes; the rest is copied and renumbered."""
     folder = shop.make("llama", f"llama-{shop.large_layers}", shop.large_layers)
     whole = shop.folder / f"llama-{shop.large_layers}-bf16.gguf"
     if not whole.exists():
@@ -42,7 +42,7 @@ def measure_prune(shop: Workshop) -> list[Row]:
             f"{ratio:.2f}x",
             "<= 1.3x",
             ratio <= 1.3,
-            f"the result has {size_bytes / 1e6:.0f} MB; start-up, hashing and fsync are included on our side, fsync on "
+            f"the result has {size_bytes / 1e6:.0f} MB; start-up and fsync are included on our side, fsync on "
             f"cp's; runs took {ours.spread} and {floor.spread}",
         )
     ]
