@@ -28,6 +28,7 @@ from ollama_forge.transform.directions import Floats
 from ollama_forge.transform.edits import OutputEdit, TensorEdit
 from ollama_forge.transform.projection import Part, Projection
 from ollama_forge.transform.steering import squares
+from ollama_forge.transform.thin import along_columns, along_rows, spread_columns, spread_rows
 from ollama_forge.weights.checkpoint import Checkpoint
 from ollama_forge.weights.decode import SAME_BYTES
 
@@ -136,16 +137,14 @@ class _ColumnProjection:
         self._scales = scales
 
     def __call__(self, matrix: int, first: int, columns: Floats) -> Floats:
-        along = self._basis @ columns
-        # One direction is the usual case, and much faster without a matrix product.
-        taken = (self._strength * self._basis).T
-        part = taken * along if len(self._basis) == 1 else taken @ along
+        along = along_columns(self._basis, columns)
+        part = spread_columns(self._basis, self._strength * along)
         result: Floats = np.subtract(columns, part, out=part)
         if self._scales is None:
             return result
         result *= self._scales[matrix][:, None]
-        excess = self._basis @ result - (1 - self._strength) * along
-        result -= self._basis.T @ excess
+        excess = along_columns(self._basis, result) - (1 - self._strength) * along
+        result -= spread_columns(self._basis, excess)
         return result
 
 
@@ -161,13 +160,14 @@ class _RowProjection:
         self._keeps_length = keeps_length
 
     def __call__(self, first: int, rows: Floats) -> Floats:
-        along = rows @ self._basis.T
-        result: NDArray[Any] = rows - (self._strength * along) @ self._basis
+        along = along_rows(rows, self._basis)
+        result: NDArray[Any] = rows - spread_rows(self._strength * along, self._basis)
         if self._keeps_length:
             result *= _ratio(squares(rows), squares(result))[:, None]
         if self._scales is not None:
             result *= self._scales  # [columns]
-            result -= (result @ self._basis.T - (1 - self._strength) * along) @ self._basis
+            excess = along_rows(result, self._basis) - (1 - self._strength) * along
+            result -= spread_rows(excess, self._basis)
         return result
 
 

@@ -30,6 +30,7 @@ from ollama_forge.transform.steering import (
     most_error,
     run_slabs,
 )
+from ollama_forge.transform.thin import along_columns, spread_columns
 
 Bytes = NDArray[np.uint8]
 
@@ -171,7 +172,7 @@ class _Rounding:
             return encoded, stored
         push = self._find_push(lever, wanted, before, stored, weights)
         if push is not None:
-            pushed = wanted[lever.rows] + lever.part.T @ push
+            pushed = wanted[lever.rows] + spread_columns(lever.part, push)
             encoded[lever.rows], stored[lever.rows] = self._encode(pushed, weights)
         return encoded, stored
 
@@ -186,16 +187,16 @@ class _Rounding:
         """What to add along the directions [k, columns] before rounding, so that they come out right after it."""
         packed = is_quantized(self.type)
         group = block_elements(self.type)
-        aim = lever.basis @ wanted
-        error = aim - lever.basis @ stored
-        goal = (PACKED_GOAL if packed else FLOAT_GOAL) ** 2 * _by_group(aim - lever.basis @ before, group)
+        aim = along_columns(lever.basis, wanted)
+        error = aim - along_columns(lever.basis, stored)
+        goal = (PACKED_GOAL if packed else FLOAT_GOAL) ** 2 * _by_group(aim - along_columns(lever.basis, before), group)
         smallest = _by_group(error, group)
         if not (smallest > goal).any():
             return None
         target = wanted[lever.rows]
         difference = target - stored[lever.rows]
         # What the other rows add to the error, and what all rows may cost together.
-        others = error - lever.part @ difference
+        others = error - along_columns(lever.part, difference)
         spent = most = np.zeros_like(smallest)
         if packed:
             plain = _by_group(wanted - stored, group)
@@ -214,11 +215,11 @@ class _Rounding:
             tried[:, columns] += push.next(columns, missing.T).T if packed else lever.inverse @ missing
             at = target[:, columns]
             _, decoded = self._encode(
-                at + lever.part.T @ tried[:, columns],
+                at + spread_columns(lever.part, tried[:, columns]),
                 None if weights is None else np.ascontiguousarray(weights[columns]),
             )
             missed = at - decoded
-            error[:, columns] = others[:, columns] + lever.part @ missed
+            error[:, columns] = others[:, columns] + along_columns(lever.part, missed)
             size = _by_group(error[:, columns], group)
             better = size < smallest[groups]
             if packed:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ollama_forge.gguf.native import dequantize, quantize, usable_cores
 from ollama_forge.gguf.types import GGMLType, bits_per_weight, block_bytes, block_elements, is_quantized, row_bytes
 from ollama_forge.transform.edits import Floats
+from ollama_forge.transform.thin import along_rows, spread_rows
 
 # Rounds at most, and the error along the directions at which it is done, as a share of the change there.
 PACKED_ROUNDS, PACKED_GOAL = 8, 0.03
@@ -107,7 +108,7 @@ class _RowRounding:
         if push is not None:
             lever = np.ascontiguousarray(self.basis[:, self.columns])
             weights = None if self.weights is None else np.ascontiguousarray(self.weights[self.columns])
-            part, decoded = self._encode(wanted[:, self.columns] + push @ lever, weights)
+            part, decoded = self._encode(wanted[:, self.columns] + spread_rows(push, lever), weights)
             size = block_bytes(self.type)
             encoded.reshape(len(encoded), -1, size)[:, self.blocks] = part.reshape(len(part), -1, size)
             stored[:, self.columns] = decoded
@@ -116,9 +117,9 @@ class _RowRounding:
     def _find_push(self, wanted: Floats, before: Floats, stored: Floats) -> Floats | None:
         """What to add along the directions [rows, k] before rounding, so that they come out right after it."""
         packed = is_quantized(self.type)
-        aim = wanted @ self.basis.T
-        error: NDArray[Any] = aim - stored @ self.basis.T
-        goal = (PACKED_GOAL if packed else FLOAT_GOAL) ** 2 * squares(aim - before @ self.basis.T)
+        aim = along_rows(wanted, self.basis)
+        error: NDArray[Any] = aim - along_rows(stored, self.basis)
+        goal = (PACKED_GOAL if packed else FLOAT_GOAL) ** 2 * squares(aim - along_rows(before, self.basis))
         smallest = squares(error)
         if not (smallest > goal).any():
             return None
@@ -126,7 +127,7 @@ class _RowRounding:
         inverse = np.linalg.pinv(lever @ lever.T)
         target = np.ascontiguousarray(wanted[:, self.columns])
         difference = target - stored[:, self.columns]
-        others = error - difference @ lever.T
+        others = error - along_rows(difference, lever)
         spent = most = np.zeros_like(smallest)
         if packed:
             plain = squares(wanted - stored)
@@ -142,9 +143,9 @@ class _RowRounding:
                 break
             tried[rows] += push.next(rows, error[rows]) if packed else error[rows] @ inverse
             at = target[rows]
-            _, decoded = self._encode(at + tried[rows] @ lever, weights)
+            _, decoded = self._encode(at + spread_rows(tried[rows], lever), weights)
             missed = at - decoded
-            error[rows] = others[rows] + missed @ lever.T
+            error[rows] = others[rows] + along_rows(missed, lever)
             size = squares(error[rows])
             better = size < smallest[rows]
             if packed:
