@@ -69,7 +69,7 @@ def test_an_ollama_name_with_a_slash_is_no_repo(place: Path) -> None:
 
 def test_people_are_told_what_it_is_and_what_is_done(place: Path) -> None:
     ended = forge("auto", DEMO_MODEL, "--name", "seen", "--dry-run", "--store", place / "store")
-    assert ended.code == 0 and "is a Hugging Face model (config.json, 1 safetensors files)" in ended.err
+    assert ended.code == 0 and "is a Hugging Face model (config.json, 1 safetensors file)" in ended.err
     assert "ollama-forge import" in ended.err and "Nothing was changed" in ended.out
 
 

@@ -158,6 +158,16 @@ def test_names_that_are_alike_are_offered(models_dir: Path) -> None:
     assert "mistral-small:24b" in refused.value.why
 
 
+def test_a_common_tag_makes_no_two_names_alike(models_dir: Path) -> None:
+    install_model(models_dir, "tiny", GGUF)
+    install_model(models_dir, "llama3.2", GGUF)
+    for typed, alike in (("nothing", False), ("llama3", True)):
+        with pytest.raises(NotFoundError) as refused:
+            Store(models_dir).find(typed)
+        assert ("Like it: llama3.2:latest." in refused.value.why) is alike
+        assert ("Like it" in refused.value.why) is alike
+
+
 @pytest.mark.parametrize(
     "name", ["../../x", "/etc/passwd", "a/../../b", "..", "a\0b", "a:../../x", "C:\\x", "m" * 81, "\u0430", ""]
 )

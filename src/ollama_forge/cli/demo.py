@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +15,8 @@ from ollama_forge.cli.options import console_options
 
 if TYPE_CHECKING:
     from ollama_forge.jobs.finetune import FinetuneResult
+
+_NAME = "ollama-forge"
 
 
 @click.command("demo", epilog="Example: ollama-forge demo")
@@ -58,11 +63,21 @@ def command(store_path: Path, console: Console) -> int:
         console.line()
         whole = "whole" if result.report.is_whole else "damaged"
         console.line(f"The store is {whole}: {result.report.n_blobs} blobs hashed. {result.seconds:.1f} s in all.")
-        console.line(f"Look around: OLLAMA_MODELS={store_path} ollama-forge list   (or: ollama serve)")
-        console.line("Your own:    ollama-forge import ./my-model --name my-model")
+        program = _program()
+        console.line(f"Look around: OLLAMA_MODELS={shlex.quote(str(store_path))} {program} list   (or: ollama serve)")
+        console.line(f"Your own:    {program} start   (or: {program} import ./my-model --name my-model)")
 
     console.result(result.document(), show)
     return 0 if result.report.is_whole else 1
+
+
+def _program() -> str:
+    """This program as it can be typed here: `make demo` installs it into .venv, which no PATH leads to."""
+    beside = Path(sys.executable).parent / _NAME
+    if shutil.which(_NAME) is not None or not beside.is_file():
+        return _NAME
+    folder = Path.cwd()
+    return shlex.quote(str(beside.relative_to(folder) if beside.is_relative_to(folder) else beside))
 
 
 def _trained_row(trained: FinetuneResult | None) -> list[tuple[str, str, str, str]]:

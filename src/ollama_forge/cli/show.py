@@ -47,11 +47,10 @@ def _show(console: Console, model: ModelDescription) -> None:
         "tokenizer": " ".join(str(part) for part in model.tokenizer.values() if part),
         "path": model.path,
     }
-    width = max(map(len, facts))
-    for key, value in facts.items():
-        console.line(f"{key:<{width}}  {value}")
-    for key, origin in model.origin.items():
-        console.line(f"{key}  {origin}")
+    for block in (facts, model.origin):
+        width = max(map(len, block), default=0)
+        for key, value in block.items():
+            console.line(f"{key:<{width}}  {value}")
     console.line()
     console.table(
         ("TYPE", "TENSORS", "SIZE", "BITS/WEIGHT"),

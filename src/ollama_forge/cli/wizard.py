@@ -190,7 +190,9 @@ class Sitting:
         for number, choice in enumerate(() if is_listed else question.choices, 1):
             self.console.say(f"  {number}  {choice}")
         while True:
-            text = click.prompt(question.text, default=default, show_default=bool(default), err=True)
+            words = question.text if default != "" else f"{question.text} (Enter: nothing)"
+            suffix = " " if words.endswith("?") and not default else ": "
+            text = click.prompt(words, default=default, show_default=bool(default), err=True, prompt_suffix=suffix)
             try:
                 return parse_answer(question, text)
             except UsageError as error:

@@ -26,6 +26,7 @@ class Kind(Enum):
     TEXT = "text"
     FILE = "a file or folder that exists"
     NUMBER = "a number above 0"
+    LEVEL = "a number, 0 or above"
     COUNT = "a whole number above 0"
     CHOICE = "one of a few"
     SIZE = "a share (70%), a size (2GB) or a number of parameters (3B)"
@@ -77,7 +78,7 @@ JOBS = (
         "run",
         (
             Question("system", "System prompt: what shall it be or do?", flag="--system"),
-            Question("temperature", "Temperature: 0 is exact, 1 is lively", Kind.NUMBER, flag="--temperature"),
+            Question("temperature", "Temperature: 0 is exact, 1 is lively", Kind.LEVEL, flag="--temperature"),
             Question("num_ctx", "Context in tokens", Kind.COUNT, flag="--num-ctx"),
         ),
     ),
@@ -180,7 +181,7 @@ def _number(question: Question, word: str) -> str:
         value = float(word)
     except ValueError:
         value = -1.0
-    is_good = value > 0 or (value == 0 and question.key == "temperature")
+    is_good = value > 0 or (value == 0 and question.kind is Kind.LEVEL)
     if not is_good or value == float("inf"):
         raise _wrong(question, word, f"It must be {question.kind.value}.")
     return word
@@ -218,6 +219,7 @@ _CHECKS = {
     Kind.TEXT: _text,
     Kind.FILE: _file,
     Kind.NUMBER: _number,
+    Kind.LEVEL: _number,
     Kind.COUNT: _count,
     Kind.CHOICE: _choice,
     Kind.SIZE: _size,

@@ -105,7 +105,8 @@ def _store(store_path: Path | None) -> list[Finding]:
         return [Finding("store", State.MISSING, error.what, error.next)]
     folder = store.models_dir
     if not folder.exists():
-        return [Finding("store", State.OPTIONAL, f"{folder} does not exist yet", "It is made with the first model.")]
+        first = "It is made with the first model: ollama-forge start"
+        return [Finding("store", State.OPTIONAL, f"{folder} does not exist yet", first)]
     may_write = os.access(folder, os.W_OK)
     detail = f"{folder}, {len(models)} models, {'writable' if may_write else 'read-only for you'}"
     step = "" if may_write else f"Run as the folder's owner (ls -ld {folder}), or set OLLAMA_MODELS."

@@ -100,7 +100,8 @@ def _identify_folder(text: str, folder: Path) -> Identified:
         return Identified(Kind.ADAPTER, text, f"a LoRA adapter (the folder has {seen})", base=_adapter_base(folder))
     if "config.json" in names:
         n_shards = sum(name.endswith(".safetensors") for name in names)
-        return Identified(Kind.FOLDER, text, f"a Hugging Face model (config.json, {n_shards} safetensors files)")
+        weights = f"{n_shards} safetensors file{'' if n_shards == 1 else 's'}"
+        return Identified(Kind.FOLDER, text, f"a Hugging Face model (config.json, {weights})")
     ggufs = sorted(entry for entry in folder.iterdir() if entry.suffix.lower() == ".gguf")
     firsts = [entry for entry in ggufs if "-of-" not in entry.stem or "-00001-of-" in entry.stem]
     models = [entry for entry in firsts if "mmproj" not in entry.name.lower()]
@@ -157,7 +158,7 @@ def _identify_file(text: str, path: Path) -> Identified:
 def _identify_gguf(text: str, path: Path) -> Identified:
     with open_gguf(path) as gguf:
         kind = str(gguf.metadata.get("general.type", "model"))
-        facts = f"{gguf.architecture}, {len(gguf.tensors)} tensors, {gguf.size_bytes / 1e9:.2f} GB"
+        facts = f"{gguf.architecture}, {len(gguf.tensors)} tensors, {_spoken_size(gguf.size_bytes)}"
         base = str(gguf.metadata.get("general.base_model.0.name", ""))
     if kind == "adapter":
         return Identified(Kind.ADAPTER, text, f"a LoRA adapter as GGUF ({facts})", base=base)
@@ -168,6 +169,10 @@ def _identify_gguf(text: str, path: Path) -> Identified:
             next="Name the model's own file.",
         )
     return Identified(Kind.GGUF, text, f"a GGUF model ({facts})")
+
+
+def _spoken_size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
 
 
 def _identify_repo(text: str, revision: str) -> Identified:
@@ -181,7 +186,8 @@ def _identify_repo(text: str, revision: str) -> Identified:
         return Identified(Kind.HUB_ADAPTER, named.repo, said, pinned, base)
     choices = list_choices(listing.files)
     if choices:
-        return Identified(Kind.HUB_GGUF, named.repo, f"a repo of {len(choices)} GGUFs on the Hub ({at})", pinned)
+        ggufs = f"{len(choices)} GGUF{'' if len(choices) == 1 else 's'}"
+        return Identified(Kind.HUB_GGUF, named.repo, f"a repo of {ggufs} on the Hub ({at})", pinned)
     if listing.has_safetensors:
         return Identified(Kind.HUB_SAFETENSORS, named.repo, f"a repo of safetensors on the Hub ({at})", pinned)
     raise NotFoundError(

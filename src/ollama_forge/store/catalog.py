@@ -255,8 +255,10 @@ class Store:
         )
 
     def not_found(self, name: ModelName) -> NotFoundError:
-        names = [existing.display for existing in self.names()]
-        alike = difflib.get_close_matches(name.display, names, 3, 0.5)
+        # without the tag that most have: `:latest` alone would make every short name look like every other
+        names = {existing.display.removesuffix(":latest"): existing.display for existing in self.names()}
+        near = difflib.get_close_matches(name.display.removesuffix(":latest"), names, 3)
+        alike = [names[word] for word in near]
         if not names:
             why = f"There are no models in the store {str(self.models_dir)!r}."
         else:
