@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from command import DEMO_MODEL, forge, forge_json, tree_hash
 from learnt_model import DEMO_DIR
+from tiny_adapters import write_lora
 from tiny_gguf import write_tiny_gguf, write_tiny_lora
 from tiny_store import snapshot
 
@@ -110,6 +111,20 @@ def test_a_merge_is_made_again(models: Path, tmp_path: Path) -> None:
     forge_json("merge", "tiny", lora, "--weight", "0.5", "--name", "merged", "--system", "Short.", "--no-check")
     assert forge_json("registry", "rebuild", "merged")["same"] is True
     assert forge_json("registry", "rebuild", "merged", "--whole")["same"] is True
+
+
+@pytest.mark.parametrize("command", ["retrain", "create-from-base"])
+def test_an_adapter_in_another_form_is_recorded_as_it_was_given_and_put_on_again(
+    models: Path, tmp_path: Path, command: str
+) -> None:
+    peft = tmp_path / "my-adapter"
+    write_lora(DEMO_MODEL, peft)
+    forge_json(command, "--base", "base", "--adapter", peft, "--name", "layered", "--no-check")
+    parents = forge_json("registry", "lineage", "layered")["parents"]
+    assert [one["ref"] for one in parents if one["role"] == "adapter"] == [str(peft)]
+    assert forge_json("registry", "rebuild", "layered")["same"] is True
+    (peft / "adapter_config.json").write_text("{}", encoding="utf-8")
+    assert str(peft) in forge("registry", "rebuild", "layered", "--json").document["error"]["what"]
 
 
 def test_a_quantization_with_an_importance_matrix_is_made_again(models: Path, tmp_path: Path) -> None:

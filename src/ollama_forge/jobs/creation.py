@@ -21,6 +21,7 @@ from ollama_forge.jobs.landing import (
     land_installed,
     land_named,
 )
+from ollama_forge.jobs.lineage import standing_for
 from ollama_forge.jobs.resolve import ResolvedModel, resolve
 from ollama_forge.source.ref import RefKind, looks_like_path, parse_ref
 from ollama_forge.store.catalog import open_store
@@ -103,7 +104,8 @@ def create_model(creation: Creation, name: str, options: LandOptions) -> LandedM
     if creation.adapters:
         with tempfile.TemporaryDirectory(prefix="ollama-forge-") as scratch:
             adapters = tuple(prepare_adapter(path, model, Path(scratch)) for path in creation.adapters)
-            return _create(model, replace(creation, adapters=adapters), name, options)
+            with standing_for(dict(zip(adapters, creation.adapters, strict=True))):
+                return _create(model, replace(creation, adapters=adapters), name, options)
     return _create(model, creation, name, options)
 
 

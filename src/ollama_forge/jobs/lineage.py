@@ -83,6 +83,20 @@ def unrecorded() -> Iterator[None]:
         _RECORDS.reset(token)
 
 
+_ORIGINALS: contextvars.ContextVar[Mapping[Path, Path] | None] = contextvars.ContextVar("originals", default=None)
+
+
+@contextlib.contextmanager
+def standing_for(originals: Mapping[Path, Path]) -> Iterator[None]:
+    """Inside, a passing file (an adapter converted on the way) is recorded as what the person gave."""
+    outer = _ORIGINALS.get() or {}
+    token = _ORIGINALS.set({**outer, **{made: outer.get(given, given) for made, given in originals.items()}})
+    try:
+        yield
+    finally:
+        _ORIGINALS.reset(token)
+
+
 _REGISTRY: contextvars.ContextVar[Path | None] = contextvars.ContextVar("registry", default=None)
 
 
@@ -141,12 +155,14 @@ def served_ingredient(server: OllamaServer | None, name: str) -> Ingredient:
 
 
 def file_ingredient(path: Path, role: str) -> Ingredient:
-    """A file that a job reads, by the hash of its bytes where that takes no more than a moment."""
+    """A file or an adapter's folder that a job reads, by the hash of its bytes where that takes but a moment."""
     known = ingredient_of(path, role)
-    if known.digest or known.commit or not path.is_file() or path.stat().st_size > _HASHED_BYTES:
+    if known.digest or known.commit or not (path.is_file() or (role == "adapter" and path.is_dir())):
         return known
-    with contextlib.suppress(ForgeError):
-        return dataclasses.replace(known, digest=f"sha256:{hash_file(path).sha256}")
+    with contextlib.suppress(ForgeError, OSError):
+        parts = [path] if path.is_file() else [entry for entry in path.iterdir() if entry.is_file()]
+        if sum(part.stat().st_size for part in parts) <= _HASHED_BYTES:
+            return dataclasses.replace(known, digest=content_digest(path))
     return known
 
 
@@ -202,7 +218,8 @@ def source_work(
     sources = [] if source is None else [ingredient_of(source)]
     if digest:
         sources = [dataclasses.replace(one, digest=digest) for one in sources]
-    sources += [file_ingredient(path, "adapter") for path in adapters]
+    given = _ORIGINALS.get() or {}
+    sources += [file_ingredient(given.get(path, path), "adapter") for path in adapters]
     if projector is not None:
         sources.append(file_ingredient(projector, "projector"))
     matrix: Imatrix | None = getattr(getattr(quantization, "quantize", quantization), "imatrix", None)

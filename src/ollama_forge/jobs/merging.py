@@ -22,7 +22,7 @@ from ollama_forge.jobs.adapters import base_path, prepare_adapter, settle_base_c
 from ollama_forge.jobs.conversion import ConvertOptions, PlannedGGUF, write_planned
 from ollama_forge.jobs.creation import Creation, create_model, override
 from ollama_forge.jobs.landing import LandedModel, LandOptions, import_folder, land_planned
-from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, modelfile_text, working
+from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, modelfile_text, standing_for, working
 from ollama_forge.jobs.resolve import ResolvedModel, resolve
 from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.transform.apply import Addition, EditedGGUF, plan_gguf_edit
@@ -221,7 +221,8 @@ def retrain(base: str, adapters: Sequence[Path], name: str, changes: Modelfile, 
     model = resolve(base, options.store_path)
     with tempfile.TemporaryDirectory(prefix="ollama-forge-") as scratch:
         files = tuple(prepare_adapter(path, model, Path(scratch)) for path in adapters)
-        return create_model(Creation(base, changes, files), name, options)
+        with standing_for(dict(zip(files, adapters, strict=True))):
+            return create_model(Creation(base, changes, files), name, options)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from ollama_forge.gguf.imatrix import read_imatrix
 from ollama_forge.gguf.quantize import QuantizeOptions
 from ollama_forge.gguf.types import FileType, GGMLType
 from ollama_forge.jobs.abliteration_repeat import repeat_abliteration
+from ollama_forge.jobs.adapters import prepare_adapter
 from ollama_forge.jobs.finetune import RECORDED_SETTINGS, TWIN, finetune
 from ollama_forge.jobs.finetune_setup import FinetuneRequest
 from ollama_forge.jobs.hub_local import fetch_adapter_files, fetch_file, fetch_model_path
@@ -64,13 +65,19 @@ def repeat_step(landing: Landing, source: InstalledModel | Path, options: LandOp
     if quantize is not None and isinstance(source, InstalledModel):
         base = resolve(_ref(source), options.store_path)
         return quantize_and_land(base, landing.name, changes, quantize, options)
-    if isinstance(source, InstalledModel):
-        return land_installed(source, landing.name, changes, options, adapters=adapters)
-    if landing.step == "import":
-        conversion = _convert_options(landing.parameters.get("conversion") or {}, matrix)
-        return import_folder(source, landing.name, changes, options, conversion, adapters=adapters)
-    projector = next(iter(_paths(landing, "projector")), None)
-    return land_gguf(source, landing.name, changes, options, adapters=adapters, quantize=quantize, projector=projector)
+    with tempfile.TemporaryDirectory(prefix="ollama-forge-") as scratch:
+        if adapters:
+            base = resolve(_ref(source), options.store_path)
+            adapters = tuple(prepare_adapter(path, base, Path(scratch)) for path in adapters)
+        if isinstance(source, InstalledModel):
+            return land_installed(source, landing.name, changes, options, adapters=adapters)
+        if landing.step == "import":
+            conversion = _convert_options(landing.parameters.get("conversion") or {}, matrix)
+            return import_folder(source, landing.name, changes, options, conversion, adapters=adapters)
+        projector = next(iter(_paths(landing, "projector")), None)
+        return land_gguf(
+            source, landing.name, changes, options, adapters=adapters, quantize=quantize, projector=projector
+        )
 
 
 def _finetune(landing: Landing, source: InstalledModel | Path, changes: Modelfile, options: LandOptions) -> LandedModel:
