@@ -110,7 +110,7 @@ def command(
         )
     from ollama_forge.cli.finetune import ProgressLine
     from ollama_forge.jobs.distillation import distill
-    from ollama_forge.jobs.distillation_setup import is_first_process
+    from ollama_forge.jobs.processes import is_first_process
 
     request = build_request(teacher, student, name, data, changes, settings)
     line = ProgressLine(console)
@@ -132,7 +132,7 @@ def _distill_text(
     console: Console, request: DistillRequest, options: LandOptions, line: ProgressLine, answering: _AnswerLine
 ) -> None:
     from ollama_forge.cli.finetune import show_finetuned
-    from ollama_forge.jobs.distillation_setup import is_first_process
+    from ollama_forge.jobs.processes import is_first_process
     from ollama_forge.jobs.text_distillation import TextDistillRequest, distill_text
 
     if request.options.is_full or request.options.on_policy.share or request.quant or request.options.cached_words:

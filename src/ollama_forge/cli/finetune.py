@@ -85,6 +85,7 @@ def command(
             next="Example: ollama-forge finetune --data ./data --base llama3.2 --name my-model",
         )
     from ollama_forge.jobs.finetune_setup import FinetuneRequest
+    from ollama_forge.jobs.processes import is_first_process
     from ollama_forge.jobs.trainer_job import TrainerResult
     from ollama_forge.jobs.trainers import train
 
@@ -114,8 +115,10 @@ def command(
         output=talk.pass_on,
         on_command=talk.announce,
         on_plan=lambda plan: _show_plan(console, plan),
-        watch=line,
+        watch=line if is_first_process() else None,
     )
+    if not is_first_process():
+        return
     line.end()
     for warning in result.warnings:
         console.warn(warning)

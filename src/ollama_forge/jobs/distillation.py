@@ -25,17 +25,15 @@ from ollama_forge.jobs.distillation_setup import (
     PreparedDistillation,
     check_models,
     claim_distillation,
-    is_first_process,
     prepare_distillation,
-    wait_for_answers,
-    wait_for_first_process,
     weights_digest,
 )
 from ollama_forge.jobs.finetune import ask_all, choose_questions, land_adapter, matching_template
-from ollama_forge.jobs.finetune_setup import require_free_name
+from ollama_forge.jobs.finetune_setup import RUN_FILE, require_free_name
 from ollama_forge.jobs.landing import LandedModel, LandOptions, land_gguf
 from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, working
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, inherited, merge_model
+from ollama_forge.jobs.processes import is_first_process, wait_for_first_process
 from ollama_forge.jobs.pruning import PruneOptions, prune_model
 from ollama_forge.jobs.resolve import resolve
 from ollama_forge.jobs.teacher_answers import (
@@ -113,7 +111,7 @@ def distill(
     if request.ask is not None and not options.dry_run:
         request = _with_answers(request, options, on_answer)
     if not options.dry_run:
-        wait_for_first_process(request.folder)
+        wait_for_first_process(request.folder / RUN_FILE)
     with contextlib.ExitStack() as scratch:
         request = _with_student(request, options, scratch)
         return _distill(request, options, on_plan, watch)
@@ -168,7 +166,7 @@ def _with_answers(request: DistillRequest, options: LandOptions, on_answer: OnAn
         gather_answers(questions, request.ask, folder, model=teacher, on_answer=on_answer)
         write_bytes(folder / DONE_FILE, b"", overwrite=True)
     else:
-        wait_for_answers(folder / DONE_FILE)
+        wait_for_first_process(folder / DONE_FILE)
     return replace(request, student=replace(student, data=(folder / ANSWERS_FILE,), include=()))
 
 

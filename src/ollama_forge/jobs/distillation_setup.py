@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -36,6 +34,7 @@ from ollama_forge.jobs.finetune_setup import (
     require_trainable,
 )
 from ollama_forge.jobs.landing import LandOptions
+from ollama_forge.jobs.processes import is_first_process
 from ollama_forge.jobs.resolve import ResolvedModel, resolve
 from ollama_forge.jobs.teacher_answers import AskOptions
 from ollama_forge.jobs.training_plan import TrainingPlan
@@ -44,7 +43,6 @@ from ollama_forge.tokenizer.compare import match_vocabularies
 from ollama_forge.train.distill_options import DistillOptions, Divergence
 
 TEACHER_FOLDER = "teacher"
-_WAIT_SECONDS = 0.2
 _FLOAT_BYTES = 4
 _LEARNT_FLOATS = 4  # a number, its gradient, and Adam's two moments
 
@@ -136,26 +134,6 @@ class PreparedDistillation:
     plan: DistillPlan
     warnings: tuple[str, ...]
     aligned: tuple[AlignedRow, ...] = ()
-
-
-def is_first_process() -> bool:
-    """Whether this process, of those that `accelerate launch` started, is the one that writes and lands."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def wait_for_first_process(folder: Path) -> None:
-    """Every other process waits until the first one has checked everything and claimed the folder.
-
-    A first process that fails ends them all: `accelerate launch` sees to that.
-    """
-    while not is_first_process() and not (folder / RUN_FILE).exists():
-        time.sleep(_WAIT_SECONDS)
-
-
-def wait_for_answers(mark: Path) -> None:
-    """Every other process waits until the first one has the teacher's answers."""
-    while not mark.exists():
-        time.sleep(_WAIT_SECONDS)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from ollama_forge.jobs.finetune_setup import (
 from ollama_forge.jobs.landing import LandedModel, LandOptions, land_gguf, land_installed
 from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, modelfile_text, working
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, merge_and_land
+from ollama_forge.jobs.processes import is_first_process, wait_for_first_process
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.jobs.training_plan import TrainingPlan
 from ollama_forge.store.modelfile import Modelfile
@@ -88,7 +89,7 @@ def finetune(
     on_plan: Callable[[TrainingPlan], None] | None = None,
     watch: Watch | None = None,
 ) -> FinetuneResult:
-    """Do the whole job; with `options.dry_run` only the plan.
+    """Do the whole job; with `options.dry_run` only the plan. Of several processes the first one lands.
 
     Raises:
         DatasetError, TemplateError: data that cannot be used.
@@ -96,14 +97,18 @@ def finetune(
         ExistsError: the name or the working folder is taken.
         MissingExtraError: torch and its friends are not installed.
     """
-    require_free_name(request, options)
+    if not options.dry_run:
+        wait_for_first_process(request.folder / RUN_FILE)
+    if is_first_process():
+        require_free_name(request, options)
     require_extra()
     with prepare_run(request, options) as prepared:
-        if on_plan:
+        if on_plan and is_first_process():
             on_plan(prepared.plan)
         if options.dry_run:
             return FinetuneResult(prepared.plan, warnings=prepared.warnings)
-        claim_folder(request, prepared)
+        if is_first_process():
+            claim_folder(request, prepared)
         return _train_and_land(request, options, prepared, watch)
 
 
@@ -114,7 +119,7 @@ def _train_and_land(
     from ollama_forge.train.run import run_training
 
     questions = choose_questions([*prepared.held, *prepared.examples])
-    before = ask_all(prepared.model, questions)
+    before = ask_all(prepared.model, questions) if is_first_process() else []
     trained = run_training(
         prepared.gguf,
         prepared.chat_format.tokenizer,
@@ -127,6 +132,8 @@ def _train_and_land(
         resume=request.resume,
         watch=watch,
     )
+    if not is_first_process():
+        return FinetuneResult(prepared.plan, trained)
     adapter_gguf = prepare_adapter(trained.folder, prepared.model, request.folder)
     after = ask_all(prepared.model, questions, adapters=(adapter_gguf,))
     answers = tuple(AnswerPair(_prompt_of(q), b, a) for q, b, a in zip(questions, before, after, strict=True))

@@ -12,11 +12,11 @@ from typing import Any
 
 from ollama_forge.errors import UsageError
 from ollama_forge.files import write_bytes
-from ollama_forge.jobs.distillation_setup import is_first_process, wait_for_answers
 from ollama_forge.jobs.finetune import FinetuneResult, finetune
 from ollama_forge.jobs.finetune_setup import FinetuneRequest, require_extra, require_free_name
 from ollama_forge.jobs.landing import LandOptions
 from ollama_forge.jobs.lineage import Ingredient, ingredient_of, working
+from ollama_forge.jobs.processes import is_first_process, wait_for_first_process
 from ollama_forge.jobs.resolve import ResolvedModel, resolve
 from ollama_forge.jobs.teacher_answers import (
     ANSWERS_FILE,
@@ -93,7 +93,7 @@ def distill_text(
         sheet = gather_answers(questions, request.ask, folder, model=teacher, on_answer=on_answer)
         write_bytes(folder / DONE_FILE, b"", overwrite=True)
     else:
-        wait_for_answers(folder / DONE_FILE)
+        wait_for_first_process(folder / DONE_FILE)
     ingredient = ingredient_of(teacher, "teacher") if teacher else Ingredient("teacher", request.ask.teacher)
     base = resolve(student.base, options.store_path)
     learning = replace(student, data=(folder / ANSWERS_FILE,), include=())

@@ -8,6 +8,7 @@ that did nothing is an error here, not a finished run.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,7 +75,7 @@ def train_adapter(
     judged = list(validation or train)[:_BASE_LOSS_EXAMPLES]
     base_loss = mean_loss(model, judged)
     adapted = add_adapter(model, lora)
-    total_steps = plan_steps(len(train), loop)
+    total_steps = plan_steps(len(train), loop, int(os.environ.get("WORLD_SIZE", "1")))
     recorder = Recorder(watch, sum(len(row.input_ids) for row in train) * loop.epochs)
     trainer = SFTTrainer(
         model=adapted,

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
@@ -63,8 +64,9 @@ def run_training(
             resume=resume,
             watch=watch,
         )
-        imatrix = gather_importance(packed, adapted, islice(train, IMPORTANCE_ROWS))
-        write_imatrix(folder / IMPORTANCE_FILE, imatrix, overwrite=True)
+        if PartialState().is_main_process:
+            imatrix = gather_importance(packed, adapted, islice(train, IMPORTANCE_ROWS))
+            write_imatrix(folder / IMPORTANCE_FILE, imatrix, overwrite=True)
     return trained
 
 
