@@ -190,11 +190,12 @@ def disk_error(exc: OSError, path: Path, doing: str) -> DiskError:
         errno.EACCES: "Check who owns the folder and whether you may write to it (ls -ld), or choose another one.",
         errno.EPERM: "Check who owns the folder and whether you may write to it (ls -ld), or choose another one.",
         errno.EROFS: "This disk is mounted read-only: choose another folder.",
+        errno.EISDIR: "It is a folder: name a file in it.",
     }
     code = exc.errno or 0
     return DiskError(
         f"Could not {doing} {str(path)!r}: {os.strerror(code) if code else exc}",
-        why="Nothing was changed under the final name.",
+        why="" if doing == "read" else "Nothing was changed under the final name.",
         next=hints.get(code, "Run `ollama-forge check` to see the state of the disk and the store."),
     )
 

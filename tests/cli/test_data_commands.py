@@ -117,6 +117,13 @@ def test_init_never_overwrites(data: Path) -> None:
     assert (data / "sample.jsonl").read_bytes() == before
 
 
+def test_init_says_beforehand_what_it_would_write(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    planned = forge_json("train-data", "init", "-o", folder, "--dry-run")
+    assert not folder.exists()
+    assert forge_json("train-data", "init", "-o", folder)["written"] == planned["written"]
+
+
 def test_stats_show_lengths_leaks_secrets_and_one_example_with_its_mask(data: Path, tmp_path: Path) -> None:
     held = tmp_path / "held.jsonl"
     held.write_text((data / "sample.jsonl").read_text().splitlines()[0] + "\n")

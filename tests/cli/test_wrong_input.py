@@ -163,6 +163,19 @@ def test_a_disk_that_fills_up_on_the_way_leaves_nothing_behind(gguf: Path, tmp_p
     assert list(target.parent.iterdir()) == []
 
 
+def test_a_folder_and_an_empty_file_in_place_of_a_recipe_are_called_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    assert_refused("build", tmp_path, code=1, says="is a folder, not a recipe")
+    assert_refused("auto", tmp_path / "empty.txt", code=2, says="It is empty")
+
+
+def test_a_name_that_no_model_has_is_not_an_empty_store(gguf: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    assert forge("list", "x", "--store", store).out.startswith("No models here yet")
+    forge_json("convert", "--gguf", gguf, "--name", "mine", "--store", store, "--no-check")
+    assert "begins with 'x'" in forge("list", "x", "--store", store).out
+
+
 def test_a_mistyped_command_is_told_its_neighbours() -> None:
     ended = forge("quantise")
     assert ended.code == 2 and "quantize" in ended.err

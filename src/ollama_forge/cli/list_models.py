@@ -26,7 +26,9 @@ def command(prefix: str, store_path: Path | None, console: Console) -> None:
     models = [model for model in catalog.models if model.name.display.lower().startswith(prefix.lower())]
     for problem in catalog.problems:
         console.warn(f"{problem.path}: {problem.what}")
-    console.result([_document(model) for model in models], lambda: _show(console, models))
+    console.result(
+        [_document(model) for model in models], lambda: _show(console, models, prefix if catalog.models else "")
+    )
 
 
 def _document(model: InstalledModel) -> dict[str, Any]:
@@ -43,7 +45,10 @@ def _document(model: InstalledModel) -> dict[str, Any]:
     }
 
 
-def _show(console: Console, models: list[InstalledModel]) -> None:
+def _show(console: Console, models: list[InstalledModel], prefix: str) -> None:
+    if not models and prefix:
+        console.line(f"No model here has a name that begins with {prefix!r}. All of them: ollama-forge list")
+        return
     if not models:
         console.line("No models here yet. Get one: ollama-forge start   (or: ollama pull NAME)")
         return

@@ -172,7 +172,7 @@ def _text_or_file(value: str | None, option: str) -> str | None:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
         raise UsageError(
-            f"{option} could not read {str(path)!r}: {exc}",
+            f"{option} could not read {str(path)!r}: {getattr(exc, 'strerror', None) or exc}",
             why="A value that begins with @ names a text file in UTF-8.",
             next="Check the path, or give the text itself.",
         ) from exc

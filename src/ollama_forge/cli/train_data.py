@@ -39,14 +39,17 @@ def command() -> None:
     help="The folder to write to.",
 )
 @click.option("--template", type=click.Choice(["alpaca", "chat"]), default="alpaca", show_default=True)
+@click.option("--dry-run", is_flag=True, help="Say what would be written; change nothing.")
 @console_options
-def init(folder: Path, template: str, console: Console) -> None:
+def init(folder: Path, template: str, dry_run: bool, console: Console) -> None:
     """Write README.md and sample.jsonl to a folder. Never overwrites."""
     from ollama_forge.dataset.starter import write_starter
 
-    paths = write_starter(folder, template)
-    console.result({"written": [str(path) for path in paths]}, lambda: _show_written(console, paths))
-    console.done(f"Edit {paths[0]}. Next: ollama-forge validate-training-data {folder}")
+    paths = write_starter(folder, template, dry_run=dry_run)
+    document = {"written": [str(path) for path in paths], "dry_run": dry_run}
+    console.result(document, lambda: _show_written(console, paths, dry_run))
+    if not dry_run:
+        console.done(f"Edit {paths[0]}. Next: ollama-forge validate-training-data {folder}")
 
 
 @command.command(
@@ -116,9 +119,11 @@ def stats(
     console.result(document, lambda: _show(console, statistics, max_length, tokens, show_private=show_private))
 
 
-def _show_written(console: Console, paths: tuple[Path, ...]) -> None:
+def _show_written(console: Console, paths: tuple[Path, ...], is_dry_run: bool) -> None:
     for path in paths:
-        console.line(f"Wrote {path}")
+        console.line(f"{'Would write' if is_dry_run else 'Wrote'} {path}")
+    if is_dry_run:
+        console.line("Nothing was changed.")
 
 
 def _document(seen: DatasetStatistics, max_length: int) -> dict[str, Any]:

@@ -25,6 +25,8 @@ def command(refs: tuple[str, ...], quick: bool, store_path: Path | None, console
     from ollama_forge.store.verify import count_bytes, verify_store
 
     store = open_store(store_path)
+    if not store.models_dir.exists():
+        console.warn(f"{store.models_dir} does not exist, so there is nothing to verify. Is it the right folder?")
     total_bytes = 0 if quick else count_bytes(store, refs)
     with console.progress("Hashing", total_bytes) as advance:
         report = verify_store(store, refs, quick=quick, advance=advance)

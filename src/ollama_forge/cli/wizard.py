@@ -81,8 +81,9 @@ def read_answers(path: Path) -> dict[str, Any]:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
         raise UsageError(
-            f"The answers in {str(path)!r} could not be read: {exc}",
-            next="It is YAML or JSON, one `key: answer` a line.",
+            f"The answers in {str(path)!r} could not be read",
+            why=getattr(exc, "strerror", None) or " ".join(str(exc).split()),
+            next="It is YAML or JSON, one `key: answer` a line, for example `model: llama3.2`.",
         ) from exc
     if not isinstance(document, dict):
         raise UsageError(f"{str(path)!r} holds no answers", next="Write one a line, for example `model: llama3.2`.")

@@ -61,14 +61,15 @@ _FIELDS = {
 }
 
 
-def write_starter(folder: Path, template: str = "alpaca") -> tuple[Path, ...]:
+def write_starter(folder: Path, template: str = "alpaca", *, dry_run: bool = False) -> tuple[Path, ...]:
     """Write the page and the sample.
 
     Args:
         template: `alpaca` or `chat`.
+        dry_run: check everything, write nothing.
 
     Returns:
-        The files that were written.
+        The files that were, or would be, written.
 
     Raises:
         UsageError: no such form.
@@ -85,6 +86,8 @@ def write_starter(folder: Path, template: str = "alpaca") -> tuple[Path, ...]:
                 why="Training data is never overwritten.",
                 next="Choose another folder: ollama-forge train-data init -o ./more-data",
             )
+    if dry_run:
+        return (sample, page)
     lines = TEMPLATES[template]
     make_folder(folder)
     write_bytes(sample, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())

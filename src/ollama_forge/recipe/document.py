@@ -89,6 +89,12 @@ def read_recipe_text(path: Path) -> str:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as exc:
         raise NotFoundError(f"There is no recipe {str(path)!r}", next="Check the path.") from exc
+    except IsADirectoryError as exc:
+        raise RecipeError(
+            f"{str(path)!r} is a folder, not a recipe",
+            why="A recipe is one YAML or JSON file with a `name` and a source.",
+            next="Name the file in it.",
+        ) from exc
     except UnicodeDecodeError as exc:
         raise RecipeError(f"{str(path)!r} is not UTF-8 text", next="Save it as UTF-8.") from exc
     except OSError as exc:

@@ -21,7 +21,7 @@ from ollama_forge.jobs.merging import MergeInput, MergeOptions, merge_model
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.recipe.schema import AbliterateStep, DownsizeStep
 from ollama_forge.train.options import IMPORTANCE_FILE, LoopOptions, LoraOptions, Watch
-from ollama_forge.transform.cut_request import parse_amount, parse_share
+from ollama_forge.transform.cut_request import UNHEALED, parse_amount, parse_share
 
 RESULT_NAME = "model.gguf"
 
@@ -148,7 +148,8 @@ def downsize(step: DownsizeStep, bench: EditBench, output_dir: Path) -> Edited:
         current, facts = _cut(step, bench, original, output_dir)
     if step.data:
         current, healed = _heal(step, bench, current, original, output_dir)
-        warnings = [*facts.get("warnings", []), *healed.pop("warnings")]
+        cut = [warning for warning in facts.get("warnings", []) if warning != UNHEALED]
+        warnings = [*cut, *healed.pop("warnings")]
         facts = {**facts, **healed, "warnings": warnings}
     return _finished(current, output_dir, facts)
 

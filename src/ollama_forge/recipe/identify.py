@@ -147,10 +147,10 @@ def _identify_file(text: str, path: Path) -> Identified:
         return Identified(Kind.RECIPE, text, "a recipe (it has a name and a source)")
     if path.name.lower().startswith("modelfile"):
         raise UsageError(f"{text!r} is a Modelfile", next=f"ollama-forge create-from-base -f {text} --name NAME")
+    begin = f"It begins with {magic!r}" if magic else "It is empty"
     raise UsageError(
         f"{text!r} is neither a model nor a recipe",
-        why=f"It begins with {magic!r}; a GGUF begins with b'GGUF', and a recipe has a `name` and one of "
-        f"{', '.join(SOURCES)}.",
+        why=f"{begin}; a GGUF begins with b'GGUF', and a recipe has a `name` and one of {', '.join(SOURCES)}.",
         next="Check the path.",
     )
 

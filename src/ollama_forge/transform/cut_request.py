@@ -209,6 +209,12 @@ def largest_block(checkpoint: Checkpoint) -> int:
     return max((block_elements(t.type) for t in checkpoint.gguf.tensors.values() if is_quantized(t.type)), default=1)
 
 
+UNHEALED = (
+    "A pruned model is damaged until it is healed: distil the original into it on diverse data "
+    "(ollama-forge downsize distill), and compare it with a lower quantization of the original."
+)
+
+
 def limit_warnings(kept_share: float) -> tuple[str, ...]:
     """What NVIDIA's measurements say about cutting so much, in plain words."""
     warnings = []
@@ -217,8 +223,5 @@ def limit_warnings(kept_share: float) -> tuple[str, ...]:
             f"This takes away {1 - kept_share:.0%} at once. NVIDIA's advice is at most a third in one step, then "
             "healing, then the next step; beyond half, even healing seldom brings a model back."
         )
-    warnings.append(
-        "A pruned model is damaged until it is healed: distil the original into it on diverse data "
-        "(ollama-forge downsize distill), and compare it with a lower quantization of the original."
-    )
+    warnings.append(UNHEALED)
     return tuple(warnings)
