@@ -105,6 +105,14 @@ def test_a_second_build_writes_nothing_and_says_so(place: Path, home: Path) -> N
     assert ended.code == 0 and "is up to date" in ended.out and "Nothing was written" in ended.out
 
 
+def test_a_name_that_is_taken_is_taken_in_each_dry_run_and_each_build(place: Path) -> None:
+    forge_json("build", write(place, "name: m\nbase: base\nsystem: One.\n"), "--store", place / "store")
+    recipe = write(place, "name: m\nbase: base\nsystem: Another.\n")
+    for words in ([], ["--dry-run"], []):
+        taken = forge("build", recipe, "--store", place / "store", "--json", *words)
+        assert taken.code == 1 and taken.document["error"]["kind"] == "exists"
+
+
 def test_what_changes_is_made_anew_and_only_what_comes_after_it(place: Path) -> None:
     text = "name: m\ncheckpoint: model\nsteps:\n  - merge: lora\n  - quantize: Q4_K_M\n"
     forge_json("build", write(place, text), "--store", place / "store")

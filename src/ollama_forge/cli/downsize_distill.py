@@ -290,7 +290,7 @@ _LIGHTS = {"green": "green", "yellow": "yellow", "red": "red", "unknown": "yello
 
 def show_plan(console: Console, plan: DistillPlan) -> None:
     """Two lines about what will be done."""
-    light = click.style("●", fg=_LIGHTS[plan.light])
+    light = click.style(f"● {plan.light}", fg=_LIGHTS[plan.light])
     training = plan.training
     free = human_bytes(training.available_bytes) if training.available_bytes else "unknown"
     console.say(

@@ -186,7 +186,7 @@ _LIGHTS = {"green": "green", "yellow": "yellow", "red": "red", "unknown": "yello
 
 
 def _show_plan(console: Console, plan: TrainingPlan) -> None:
-    light = click.style("●", fg=_LIGHTS[plan.light])
+    light = click.style(f"● {plan.light}", fg=_LIGHTS[plan.light])
     free = human_bytes(plan.available_bytes) if plan.available_bytes else "unknown"
     console.say(
         f"{plan.base} ({plan.family}, {human_bytes(plan.base_bytes)}): {plan.n_examples} examples, "
@@ -202,7 +202,6 @@ def show_finetuned(console: Console, result: FinetuneResult) -> None:
     """The lines for people."""
     trained = result.trained
     if trained is None:
-        _show_plan(console, result.plan)
         console.line("Nothing was changed.")
         return
     for pair in result.answers:

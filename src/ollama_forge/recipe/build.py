@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ollama_forge.errors import InterruptedRunError, RecipeError
+from ollama_forge.errors import ExistsError, InterruptedRunError, RecipeError
 from ollama_forge.files import hash_file
 from ollama_forge.jobs.conversion import convert_options
 from ollama_forge.jobs.landing import LandedModel, LandOptions, import_folder, land_gguf, land_installed, land_named
@@ -188,8 +188,12 @@ def _build(
     say(f"{len(plan.steps) + 1}. create {plan.recipe.name}")
     if options.server is None:
         plan.work.write_landed(_landed_key(plan, options), LandedRecord(""))
-    with _building(plan):
-        landed = _land(source.local, state, plan, options, source.projector)
+    try:
+        with _building(plan):
+            landed = _land(source.local, state, plan, options, source.projector)
+    except ExistsError:
+        plan.work.forget_landed(_landed_key(plan, options))  # else the next dry run takes the other's name for its own
+        raise
     path, is_written = lock_path(plan.recipe.path), False
     if options.server is None:
         plan.work.write_landed(_landed_key(plan, options), LandedRecord(landed.digest, outputs))

@@ -171,6 +171,10 @@ class WorkFolder:
         path = self.root / "landed" / f"{key}.json"
         write_bytes(path, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode(), overwrite=True)
 
+    def forget_landed(self, key: str) -> None:
+        """It came to none: what was to be landed was refused."""
+        (self.root / "landed" / f"{key}.json").unlink(missing_ok=True)
+
 
 def open_work_folder() -> WorkFolder:
     """The work folder of this person; it is made when something is written there."""
