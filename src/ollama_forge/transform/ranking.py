@@ -26,7 +26,8 @@ METHODS = ("distance", "influence")
 """How layers are chosen: neighbouring ones over which the residual stream turns least, or each by itself."""
 
 DEFAULT_METHOD = "influence"
-"""The better one on the learnt models of the tests, where the layers that matter least are not always neighbours."""
+"""It can choose layers that are not neighbours, such as those that a model learnt to do without; in models that were
+trained plainly neither method is better in general."""
 
 
 @dataclass(frozen=True, eq=False)
