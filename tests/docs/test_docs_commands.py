@@ -169,6 +169,23 @@ NAMES = {name for group in COMMANDS.values() for name in group}
 _LINE = re.compile(r"(?:^\$ |`|^)(ollama-forge [a-z][^`\n]*)", re.MULTILINE)
 
 
+def words_of(group: click.Group, *before: str) -> Iterator[str]:
+    """Every command below a group, sub-commands in full."""
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if isinstance(command, click.Group):
+            yield from words_of(command, *before, name)
+        else:
+            yield " ".join((*before, name))
+
+
+def test_every_command_is_on_a_page_beside_the_reference() -> None:
+    pages = [path for path in (DOCS.parent / "README.md", *DOCS.glob("*.md")) if path.name != "cli.md"]
+    text = "".join(path.read_text(encoding="utf-8") for path in pages)
+    assert [words for words in words_of(root) if not re.search(rf"ollama-forge {words}\b", text)] == []
+
+
 def lines_of(page: Path) -> list[str]:
     """Every command line of a page: of blocks, of running text, of tables."""
     text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
