@@ -169,6 +169,12 @@ def test_a_folder_and_an_empty_file_in_place_of_a_recipe_are_called_what_they_ar
     assert_refused("auto", tmp_path / "empty.txt", code=2, says="It is empty")
 
 
+def test_a_go_template_that_is_not_closed_is_refused(gguf: Path, tmp_path: Path) -> None:
+    words = ("convert", "--gguf", gguf, "--name", "m", "--store", tmp_path / "store", "--template")
+    assert_refused(*words, "{{ .System }} {{ .Prompt", code=2, says="'{{ .Prompt'")
+    assert not (tmp_path / "store").exists()
+
+
 def test_a_name_that_no_model_has_is_not_an_empty_store(gguf: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     assert forge("list", "x", "--store", store).out.startswith("No models here yet")

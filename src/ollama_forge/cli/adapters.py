@@ -168,7 +168,8 @@ def _show_hits(console: Console, hits: Sequence[AdapterHit]) -> None:
 
 def _show_report(console: Console, report: AdapterReport) -> None:
     for verdict in report.verdicts:
-        sign, colour = _MARKS[verdict.state]
+        is_hint = verdict.state == "differs" and not verdict.is_fatal
+        sign, colour = ("!", "yellow") if is_hint else _MARKS[verdict.state]
         sides = " / ".join(text for text in (verdict.adapter, verdict.base) if text)
         console.line(click.style(f"{sign} {verdict.name:<10}", fg=colour) + (f" {sides}" if sides else ""))
         console.line(f"             {verdict.evidence}")

@@ -120,7 +120,7 @@ def modelfile_options(function: Command) -> Command:
         named = {"temperature": temperature, "num_ctx": num_ctx, "top_p": top_p, "repeat_penalty": repeat_penalty}
         changes = Modelfile(
             system=_text_or_file(system, "--system"),
-            template=_text_or_file(template, "--template"),
+            template=_go_template(template),
             parameters=typed_parameters(params, named, stops),
             messages=tuple(Message(*pair) for pair in parse_assignments(messages, "--message")),
             licenses=tuple(text for text in (_text_or_file(item, "--license") for item in licenses) if text),
@@ -162,6 +162,18 @@ def typed_parameters(
     if stop_texts:
         typed.append(("stop", tuple(stop_texts)))
     return merge_parameters((), typed)
+
+
+def _go_template(value: str | None) -> str | None:
+    """Ollama itself would find out only when the model is run."""
+    text = _text_or_file(value, "--template")
+    if text is not None and text.rfind("{{") > text.rfind("}}"):
+        raise UsageError(
+            f"--template opens {text[text.rfind('{{') :][:40]!r} and never closes it",
+            why="It is a Go template: what begins with {{ ends with }}.",
+            next="Mend it, or leave it out: the GGUF's own template is used.",
+        )
+    return text
 
 
 def _text_or_file(value: str | None, option: str) -> str | None:

@@ -103,6 +103,7 @@ def check_adapter(path: Path, base: ResolvedModel) -> AdapterReport:
             _judge_tokenizer(adapter, described),
             _judge_name(adapter, described, base),
         )
+        verdicts = tuple(replace(one, base=base.text) if one.base == described.name else one for one in verdicts)
         return AdapterReport(adapter.path, adapter.kind.value, base.text, verdicts)
 
 
