@@ -103,8 +103,8 @@ def check_adapter(path: Path, base: ResolvedModel) -> AdapterReport:
             _judge_tokenizer(adapter, described),
             _judge_name(adapter, described, base),
         )
-        verdicts = tuple(replace(one, base=base.text) if one.base == described.name else one for one in verdicts)
-        return AdapterReport(adapter.path, adapter.kind.value, base.text, verdicts)
+        named = tuple(replace(one, base=base.text) if one.base == described.name else one for one in verdicts)
+        return AdapterReport(adapter.path, adapter.kind.value, base.text, named)
 
 
 def _judge_family(adapter: Adapter, base: LoraBase, misfits: tuple[Misfit, ...]) -> Verdict:
