@@ -1,6 +1,7 @@
 """Settings that every test shares. The builders of small models and stores are modules beside this file."""
 
 import os
+import signal
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,3 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _HOME = tempfile.TemporaryDirectory(prefix="ollama-forge-tests-")  # landings are recorded there, not in the real one
 os.environ["OLLAMA_FORGE_HOME"] = _HOME.name
+
+# A program that a shell starts in its background ignores Ctrl-C, and so do its children; some tests press it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

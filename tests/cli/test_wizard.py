@@ -225,7 +225,9 @@ class Terminal:
     def interrupt(self, words: str) -> None:
         """Ctrl-C, again and again as a person would: one that comes just before Python waits for a key is lost."""
         self.wait_for(words)
+        ends = time.monotonic() + 60
         while "--answers" not in self.said and self.process.poll() is None:
+            assert time.monotonic() < ends, f"Ctrl-C was not heard:\n{self.said}"
             with contextlib.suppress(OSError):
                 os.write(self.ours, b"\x03")
             while self._read(timeout_seconds=5):  # it says the key back at once, and then works for a while
