@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -201,12 +202,11 @@ def build_request(
     Raises:
         UsageError: a number out of range, or options that do not go together.
     """
-    from ollama_forge.cli.finetune import lora_options
+    from ollama_forge.cli.finetune import loop_options, lora_options
     from ollama_forge.jobs.distillation_setup import DistillRequest, StudentCut
     from ollama_forge.jobs.finetune_setup import FinetuneRequest
     from ollama_forge.jobs.teacher_answers import AskOptions
     from ollama_forge.train.distill_options import DistillLoss, DistillOptions, Divergence, OnPolicy
-    from ollama_forge.train.options import LoopOptions
 
     ask = None
     if settings["generate"] or settings["teacher_host"] or settings["align"] == "text":
@@ -236,21 +236,7 @@ def build_request(
         name=name,
         folder=folder.absolute(),
         lora=lora_options({**settings, "dropout": 0.0}),
-        loop=LoopOptions(
-            epochs=settings["epochs"],
-            max_steps=settings["max_steps"],
-            learning_rate=settings["lr"],
-            batch_size=settings["batch_size"],
-            grad_accum=settings["grad_accum"] or 0,
-            warmup=settings["warmup"],
-            scheduler=settings["scheduler"],
-            weight_decay=settings["weight_decay"],
-            seed=settings["seed"],
-            early_stop=settings["early_stop"],
-            checkpoint_every=settings["checkpoint_every"],
-            checkpointing=not settings["no_checkpointing"],
-            device=settings["device"],
-        ),
+        loop=replace(loop_options(settings), weight_decay=settings["weight_decay"]),
         include=settings["include"],
         max_length=settings["max_length"],
         overlong=settings["overlong"],

@@ -96,7 +96,7 @@ def command(
         name=name,
         folder=folder.absolute(),
         lora=lora_options(settings),
-        loop=_loop(settings),
+        loop=loop_options(settings),
         include=settings["include"],
         max_length=settings["max_length"],
         overlong=settings["overlong"],
@@ -142,7 +142,8 @@ def lora_options(settings: dict[str, Any]) -> Any:
     return LoraOptions(settings["rank"], settings["alpha"], settings["dropout"], names)
 
 
-def _loop(settings: dict[str, Any]) -> Any:
+def loop_options(settings: dict[str, Any]) -> Any:
+    """The loop as its options say."""
     from ollama_forge.train.options import LoopOptions
 
     return LoopOptions(
