@@ -21,21 +21,24 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from ollama_forge.train.distill import install_distill_loss
 from ollama_forge.train.distill_options import DistillLoss
 from ollama_forge.train.load import load_packed
+from ollama_forge.train.lora import use_packed_lora
 from ollama_forge.train.teacher import packed_teacher
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 
 
-def adapted(model: PreTrainedModel) -> Any:
+def adapted(model: PreTrainedModel, *, is_packed: bool) -> Any:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    if is_packed:
+        use_packed_lora(config)
     return get_peft_model(model, config).train()
 
 
 def packed_step(teacher_path: Path, student_path: Path) -> tuple[Any, Step]:
     """Ours: both models packed, the loss from hidden states and packed heads."""
     teacher, student = packed_teacher(load_packed(teacher_path)), load_packed(student_path).model
-    learner = adapted(student)
+    learner = adapted(student, is_packed=True)
     install_distill_loss(student, DistillLoss())
 
     def step(ids: torch.Tensor) -> torch.Tensor:
@@ -53,7 +56,7 @@ def trl_step(teacher_path: Path, student_path: Path) -> tuple[Any, Step]:
         return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
 
     teacher, student = dense(teacher_path).eval(), dense(student_path)
-    learner = adapted(student)
+    learner = adapted(student, is_packed=False)
 
     def step(ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

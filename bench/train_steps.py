@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ollama_forge.train.load import load_packed
+from ollama_forge.train.lora import use_packed_lora
 
 
 def load(kind: str, path: Path) -> PreTrainedModel:
@@ -34,6 +35,8 @@ def main() -> None:
     loaded = time.perf_counter() - began
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    if kind == "packed":
+        use_packed_lora(config)
     adapted = get_peft_model(model, config).train()
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.randint(3, model.config.vocab_size, (1, n_tokens), generator=torch.Generator().manual_seed(1))

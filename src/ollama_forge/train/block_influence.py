@@ -158,6 +158,26 @@ class _Streams(_Probe):
         return distance, influence.copy()
 
 
+class _ColumnSquares:
+    """The sum of the squares of each column of each matrix, taken while its numbers are at hand: after its first use."""
+
+    def __init__(self) -> None:
+        self._found: dict[PackedLinear, torch.Tensor] = {}
+
+    def of(self, layer: PackedLinear) -> torch.Tensor:
+        """float32 [columns]."""
+        if layer not in self._found:
+            self._found[layer] = _column_squares(layer)
+        return self._found[layer]
+
+    def watch(self, layer: PackedLinear) -> Any:
+        """A hook that takes them; gives its handle."""
+        return layer.register_forward_hook(self._note)
+
+    def _note(self, layer: PackedLinear, _inputs: Any, _output: Any) -> None:
+        self.of(layer)
+
+
 @dataclass(eq=False)
 class _Inputs(_Probe):
     """Mean squared inputs of one matrix in each layer, weighted by what the matrix makes of them."""
@@ -167,10 +187,11 @@ class _Inputs(_Probe):
     role: Role
     _sums: dict[int, torch.Tensor] = field(default_factory=dict)
     _counts: dict[int, int] = field(default_factory=dict)
+    _squares: _ColumnSquares = field(default_factory=_ColumnSquares)
 
     def attach(self) -> None:
         for number, layer in enumerate(self._matrices()):
-            self._handles.append(layer.register_forward_pre_hook(self._adding(number)))
+            self._handles += [layer.register_forward_pre_hook(self._adding(number)), self._squares.watch(layer)]
 
     def _matrices(self) -> list[PackedLinear]:
         return [_modules(self.packed, self.role, layer)[0] for layer in range(self.n_layers)]
@@ -189,7 +210,7 @@ class _Inputs(_Probe):
         found = []
         for number, layer in enumerate(self._matrices()):
             mean = self._sums[number] / self._counts[number]
-            found.append((mean * _column_squares(layer).double()).cpu().numpy())
+            found.append((mean * self._squares.of(layer).double()).cpu().numpy())
         return np.stack(found)
 
 
@@ -218,11 +239,13 @@ class _Hidden(_Probe):
     n_layers: int
     _sums: dict[str, torch.Tensor] = field(default_factory=dict)
     _counts: dict[str, int] = field(default_factory=dict)
+    _squares: _ColumnSquares = field(default_factory=_ColumnSquares)
 
     def attach(self) -> None:
-        for path in self._readers():
+        for path, groups in self._readers().items():
             norm = self.packed.model.get_submodule(path)
             self._handles.append(norm.register_forward_hook(self._adding(path)))
+            self._handles += [self._squares.watch(layer) for group in groups for layer in group]
 
     def _readers(self) -> dict[str, list[list[PackedLinear]]]:
         """Path of a norm -> the matrices that read what it gives; the experts of a layer are one matrix."""
@@ -249,7 +272,7 @@ class _Hidden(_Probe):
         for path, groups in self._readers().items():
             mean = self._sums[path] / self._counts[path]
             for group in groups:
-                shares = mean * torch.stack([_column_squares(layer) for layer in group]).sum(0).double()
+                shares = mean * torch.stack([self._squares.of(layer) for layer in group]).sum(0).double()
                 shares = shares / shares.sum().clamp(min=1e-300)
                 total = total + shares if total.numel() else shares
         return total.cpu().numpy()

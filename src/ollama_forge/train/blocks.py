@@ -88,6 +88,14 @@ class PackedMatrix:
         pairs = values.unflatten(dim, (self.rope_heads, -1, 2))
         return pairs.transpose(dim + 1, dim + 2).flatten(dim, dim + 2)
 
+    def to_rope_order(self, values: torch.Tensor, dim: int) -> torch.Tensor:
+        """The reverse of `from_rope_order`."""
+        if not self.rope_heads:
+            return values
+        dim %= values.dim()
+        halves = values.unflatten(dim, (self.rope_heads, 2, -1))
+        return halves.transpose(dim + 1, dim + 2).flatten(dim, dim + 2)
+
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A fresh dequantized copy [rows, columns] in Hugging Face's row order."""
         values = torch.empty(self.rows, self.columns, dtype=dtype, device=self.device)

@@ -29,6 +29,7 @@ from trl import SFTConfig, SFTTrainer
 from ollama_forge.dataset.tokenize import Tokenized
 from ollama_forge.errors import TrainingError
 from ollama_forge.train.loop import GracefulInterrupt, Recorder, find_checkpoint, interrupted, loop_settings
+from ollama_forge.train.lora import use_packed_lora
 from ollama_forge.train.loss import install_chunked_loss
 from ollama_forge.train.options import (
     LoopOptions,
@@ -142,7 +143,7 @@ def add_adapter(model: PreTrainedModel, lora: LoraOptions) -> PeftModel:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, config)
+    adapted = get_peft_model(model, use_packed_lora(config))
     assert isinstance(adapted, PeftModel)
     adapted.peft_config["default"].base_model_name_or_path = None
     return adapted

@@ -15,14 +15,14 @@ from collections.abc import Callable
 
 import torch
 
-_EVERY_BYTES = 256 << 20
+_EVERY_BYTES = 128 << 20
 
 # torch's own switch (c10/core/impl/alloc_cpu.cpp, 2.13), read at its first large allocation; Linux only.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 class HeapKeeper:
-    """Counts what layers allocate, and gives freed memory back after every 256 MiB of it."""
+    """Counts what layers allocate, and gives freed memory back after every 128 MiB of it."""
 
     def __init__(self) -> None:
         self._allocated_bytes = 0

@@ -8,7 +8,7 @@ gradient and nothing keeps a dequantized copy. Which blocks belong to which laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -26,36 +26,38 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, matrix: PackedMatrix, workspace: Workspace) -> torch.Tensor:
         ctx.matrix, ctx.workspace = matrix, workspace
-        out = x.new_empty(x.shape[0], matrix.rows)
-        with workspace.pieces(matrix, x) as pieces:
-            for start, end, values in pieces:
-                torch.mm(x, values.t(), out=out[:, start:end])
-        workspace.heap.note(out)
-        return out
+        return products(x, matrix, workspace)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        matrix: PackedMatrix = ctx.matrix
-        with ctx.workspace.pieces(matrix, gradient, reverse=True) as pieces:
-            total = _sum_products(gradient, matrix, pieces)
-        ctx.workspace.heap.note(total)
-        return total, None, None
+        return sum_products(gradient, ctx.matrix, ctx.workspace), None, None
 
 
-def _sum_products(
-    gradient: torch.Tensor, matrix: PackedMatrix, pieces: Iterator[tuple[int, int, torch.Tensor]]
-) -> torch.Tensor:
+def products(x: torch.Tensor, matrix: PackedMatrix, workspace: Workspace) -> torch.Tensor:
+    """x [n, columns] -> x W^T [n, rows], rows in the file's order; no gradient follows it."""
+    out = x.new_empty(x.shape[0], matrix.rows)
+    with workspace.pieces(matrix, x) as pieces:
+        for start, end, values in pieces:
+            torch.mm(x, values.t(), out=out[:, start:end])
+    workspace.heap.note(out)
+    return out
+
+
+def sum_products(gradient: torch.Tensor, matrix: PackedMatrix, workspace: Workspace) -> torch.Tensor:
+    """gradient [n, rows], rows in the file's order -> gradient W [n, columns]; asks for the rows backwards."""
     total = gradient.new_empty(gradient.shape[0], matrix.columns)
     is_first = True
-    for start, end, values in pieces:
-        if is_first:
-            torch.mm(gradient[:, start:end], values, out=total)
-            is_first = False
-        else:
-            total.addmm_(gradient[:, start:end], values)
+    with workspace.pieces(matrix, gradient, reverse=True) as pieces:
+        for start, end, values in pieces:
+            if is_first:
+                torch.mm(gradient[:, start:end], values, out=total)
+                is_first = False
+            else:
+                total.addmm_(gradient[:, start:end], values)
+    workspace.heap.note(total)
     return total
 
 
