@@ -33,9 +33,9 @@ def measure_apply(shop: Workshop) -> list[Row]:
                 {"OMP_NUM_THREADS": str(shop.n_threads)},
                 removing(out),
             ),
-            Command("cp", ("cp", str(source), str(copied)), {}, removing(copied)),
+            Command("cp, sync", ("sh", "-c", f"cp '{source}' '{copied}' && sync '{copied}'"), {}, removing(copied)),
         ]
-        ours, floor = run_side_by_side(sides, shop.repeats)
+        ours, floor = run_side_by_side(sides, shop.repeats if quant == "bf16" else 1)
         removing(out, copied)()
         rows.append(_apply_row(quant, source, _largest_bytes(folder), ours, floor))
     return rows

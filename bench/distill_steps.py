@@ -22,6 +22,7 @@ from ollama_forge.train.distill import install_distill_loss
 from ollama_forge.train.distill_options import DistillLoss
 from ollama_forge.train.load import load_packed
 from ollama_forge.train.lora import use_packed_lora
+from ollama_forge.train.recompute import spare_last_blocks
 from ollama_forge.train.teacher import packed_teacher
 
 Step = Callable[[torch.Tensor], torch.Tensor]
@@ -32,6 +33,7 @@ def adapted(model: PreTrainedModel, *, is_packed: bool) -> Any:
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     if is_packed:
         use_packed_lora(config)
+        spare_last_blocks(model)
     return get_peft_model(model, config).train()
 
 

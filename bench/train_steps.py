@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ollama_forge.train.load import load_packed
 from ollama_forge.train.lora import use_packed_lora
+from ollama_forge.train.recompute import spare_last_blocks
 
 
 def load(kind: str, path: Path) -> PreTrainedModel:
@@ -37,6 +38,7 @@ def main() -> None:
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     if kind == "packed":
         use_packed_lora(config)
+        spare_last_blocks(model)
     adapted = get_peft_model(model, config).train()
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.randint(3, model.config.vocab_size, (1, n_tokens), generator=torch.Generator().manual_seed(1))

@@ -128,7 +128,7 @@ def _show_written(console: Console, ablated: AblatedModel) -> None:
         console.line(f"Would write {ablated.output}, {human_bytes(ablated.size_bytes)}: {counts}. Nothing was changed.")
         return
     console.line(f"{ablated.output}  {human_bytes(ablated.size_bytes)}  {counts}")
-    verb = "convert --gguf" if ablated.sha256 else "import"
+    verb = "import" if ablated.output and ablated.output.is_dir() else "convert --gguf"
     if ablated.is_lora:
         console.done(
             f"Written in {ablated.seconds:.1f} s. Next: ollama-forge retrain --base REF --adapter {ablated.output}"

@@ -170,7 +170,7 @@ def quantized_entry(
         if after is not None:
             after()
 
-    return TensorEntry(name, shape, target, chunks)
+    return TensorEntry(name, shape, target, chunks, is_computed=True)
 
 
 def find_importance(imatrix: Imatrix | None, name: str, shape: Sequence[int]) -> Floats | None:

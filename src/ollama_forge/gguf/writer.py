@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from ollama_forge.errors import GGUFError
 from ollama_forge.files import Advance
+from ollama_forge.gguf.ahead import Ahead
 from ollama_forge.gguf.header import (
     DEFAULT_ALIGNMENT,
     MAX_ALIGNMENT,
@@ -59,12 +60,15 @@ class TensorEntry:
         shape: row-major.
         type: the encoding.
         chunks: called once, when the tensor's turn comes; gives exactly `tensor_bytes(type, shape)` bytes.
+        is_computed: the bytes take a processor, not a disk, so they are asked for one tensor ahead of their turn, in
+            another thread; each chunk stays as it is when the next one is asked for.
     """
 
     name: str
     shape: tuple[int, ...]
     type: GGMLType
     chunks: Callable[[], Iterable[Any]] = field(repr=False)
+    is_computed: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -182,13 +186,14 @@ def write_gguf(
     sink.write(layout.header)
     if advance:
         advance(len(layout.header))
-    for entry, tensor in zip(entries, layout.tensors, strict=True):
-        _write_tensor(sink, entry, tensor.nbytes, advance)
-        padding = _padded(tensor.nbytes, alignment) - tensor.nbytes
-        if padding:
-            sink.write(bytes(padding))
-            if advance:
-                advance(padding)
+    with Ahead(entries) as ahead:
+        for entry, tensor in zip(entries, layout.tensors, strict=True):
+            _write_tensor(sink, entry, ahead.take(entry), tensor.nbytes, advance)
+            padding = _padded(tensor.nbytes, alignment) - tensor.nbytes
+            if padding:
+                sink.write(bytes(padding))
+                if advance:
+                    advance(padding)
 
 
 def order_fields(fields: Sequence[Field]) -> list[Field]:
@@ -315,9 +320,9 @@ def _text_bytes(value: str | bytes) -> bytes:
     return value if isinstance(value, bytes) else value.encode("utf-8", "surrogateescape")
 
 
-def _write_tensor(sink: Sink, entry: TensorEntry, nbytes: int, advance: Advance | None) -> None:
+def _write_tensor(sink: Sink, entry: TensorEntry, chunks: Iterable[Any], nbytes: int, advance: Advance | None) -> None:
     left = nbytes
-    for chunk in entry.chunks():
+    for chunk in chunks:
         view = memoryview(chunk)
         if not view.nbytes:
             continue

@@ -66,6 +66,7 @@ class AblatedModel:
 
     Attributes:
         output: the file or folder; None when it was landed only.
+        sha256: of a GGUF; empty where it was not asked for.
         counts: how many matrices and vectors of each role are edited.
         losses: for each edited tensor, what storing it cost; empty in a dry run and for a LoRA.
         edited, untouched: numbers of tensors.
@@ -89,7 +90,7 @@ class AblatedModel:
         return {
             "output": str(self.output) if self.output else None,
             "bytes": self.size_bytes,
-            "sha256": self.sha256,
+            "sha256": self.sha256 or None,
             "counts": dict(self.counts),
             "edited": self.edited,
             "untouched": self.untouched,
@@ -110,9 +111,13 @@ def apply_ablation(
     *,
     overwrite: bool = False,
     dry_run: bool = False,
+    is_hashed: bool = False,
     progress: Progress = no_progress,
 ) -> AblatedModel:
     """Write the ablated model: a GGUF from a GGUF, a folder from a folder; or the LoRA, as GGUF or as a PEFT folder.
+
+    Args:
+        is_hashed: whether the `sha256` of a GGUF is wanted; it would take longer than everything else.
 
     Raises:
         UsageError: an option that does not go with the model or the directions.
@@ -132,7 +137,9 @@ def apply_ablation(
             return _write_folder(checkpoint, ablation, output, started, overwrite, dry_run, progress)
         refuse_existing(output, overwrite=overwrite)
         plan, planned = _plan_gguf(checkpoint, ablation, options)
-        written = write_planned(planned, output, started, overwrite=overwrite, dry_run=dry_run, progress=progress)
+        written = write_planned(
+            planned, output, started, overwrite=overwrite, dry_run=dry_run, is_hashed=is_hashed, progress=progress
+        )
         result = _result(ablation, plan, planned, started, is_dry_run=dry_run)
         return replace(result, output=output, sha256=written.sha256)
 

@@ -311,8 +311,9 @@ class AbliterationWork:
         self.directions()
         choice = ApplyOptions(options, imatrix=self.request.imatrix)
         done = apply_ablation(
-            self.model, self.directions_path, path, choice, overwrite=True, progress=self.options.progress
-        )
+            self.model, self.directions_path, path, choice,
+            overwrite=True, is_hashed=True, progress=self.options.progress,
+        )  # fmt: skip
         return {
             "sha256": done.sha256,
             "bytes": done.size_bytes,

@@ -39,7 +39,7 @@ class TypeShare:
 
 @dataclass(frozen=True)
 class ConvertedFile:
-    """A GGUF on disk, or with `sha256` empty the file that a dry run would write."""
+    """A GGUF on disk, or the file that a dry run would write. `sha256` is empty where nothing was hashed."""
 
     output: Path
     size_bytes: int
@@ -231,6 +231,7 @@ def write_planned(
     *,
     overwrite: bool,
     dry_run: bool,
+    is_hashed: bool = True,
     progress: Progress,
 ) -> ConvertedFile:
     """Write a planned GGUF under `output`, or with `dry_run` only check that it would fit."""
@@ -239,7 +240,7 @@ def write_planned(
         require_free_space(output.parent, planned.size_bytes, output.name)
     else:
         with (
-            atomic_output(output, overwrite=overwrite, expected_bytes=planned.size_bytes) as sink,
+            atomic_output(output, overwrite=overwrite, expected_bytes=planned.size_bytes, is_hashed=is_hashed) as sink,
             progress(f"Writing {output.name}", planned.size_bytes) as advance,
         ):
             write_gguf(sink, planned.fields, planned.entries, alignment=planned.alignment, advance=advance)

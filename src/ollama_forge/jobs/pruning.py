@@ -19,14 +19,12 @@ import numpy as np
 from ollama_forge.errors import ExistsError, UsageError
 from ollama_forge.files import (
     Progress,
-    atomic_output,
     no_progress,
     refuse_existing,
     require_free_space,
     temp_path_beside,
 )
-from ollama_forge.gguf.writer import write_gguf
-from ollama_forge.jobs.conversion import ConvertOptions, PlannedGGUF, convert_folder
+from ollama_forge.jobs.conversion import ConvertOptions, PlannedGGUF, convert_folder, write_planned
 from ollama_forge.jobs.landing import LandedModel, LandOptions, land_planned
 from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, modelfile_text, working
 from ollama_forge.jobs.merging import inherited
@@ -176,7 +174,10 @@ def prune_model(
     scratch = _scratch_path() if dry_run else output
     with _open_pruning(model, options, scratch, progress, as_gguf=is_gguf) as pruning:
         if is_gguf:
-            _write_gguf(pruning.gguf, output, overwrite=overwrite, dry_run=dry_run, progress=progress)
+            # Copying is all that a cut of layers does, so nothing is hashed: that would take longer than the rest.
+            write_planned(
+                pruning.gguf, output, started, overwrite=overwrite, dry_run=dry_run, is_hashed=False, progress=progress
+            )
             return pruning.result(output, started, is_dry_run=dry_run)
         plan = pruning.plan
         assert isinstance(plan, PrunedFolder)
@@ -291,18 +292,6 @@ def _open_pruning(
         file = source.gguf or source.folder
         assert file is not None
         yield _OpenPruning(source, plan, dropped, importance, file.size_bytes)
-
-
-def _write_gguf(planned: PlannedGGUF, output: Path, *, overwrite: bool, dry_run: bool, progress: Progress) -> None:
-    """Copying is all that a cut of layers does, so the file is not hashed: that would take longer than the rest."""
-    if dry_run:
-        require_free_space(output.parent, planned.size_bytes, output.name)
-        return
-    with (
-        atomic_output(output, overwrite=overwrite, expected_bytes=planned.size_bytes, is_hashed=False) as sink,
-        progress(f"Writing {output.name}", planned.size_bytes) as advance,
-    ):
-        write_gguf(sink, planned.fields, planned.entries, alignment=planned.alignment, advance=advance)
 
 
 def _scratch_path() -> Path:

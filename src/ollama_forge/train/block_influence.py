@@ -159,7 +159,7 @@ class _Streams(_Probe):
 
 
 class _ColumnSquares:
-    """The sum of the squares of each column of each matrix, taken while its numbers are at hand: after its first use."""
+    """The sum of the squares of each column of each matrix, taken while its numbers are at hand: after first use."""
 
     def __init__(self) -> None:
         self._found: dict[PackedLinear, torch.Tensor] = {}

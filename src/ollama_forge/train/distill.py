@@ -43,6 +43,7 @@ from ollama_forge.train.load import PackedModel
 from ollama_forge.train.loop import GracefulInterrupt, Recorder, find_checkpoint, interrupted, loop_settings
 from ollama_forge.train.loss import Head, install_chunked_loss, scales_logits
 from ollama_forge.train.options import LoopOptions, LoraOptions, LossPoint, Watch, plan_steps
+from ollama_forge.train.recompute import spare_last_blocks
 from ollama_forge.train.teacher import Batch, Teacher, wanted_positions
 
 STUDENT_FILE = "student.gguf"
@@ -95,6 +96,7 @@ def distil_student(
     set_seed(loop.seed)
     trained = _trainable(student, lora, options)
     install_distill_loss(student.model, options.loss)
+    spare_last_blocks(student.model)
     total_steps = plan_steps(len(rows.train), loop, int(os.environ.get("WORLD_SIZE", 1)))
     recorder = Recorder(watch, sum(len(row.input_ids) for row in rows.train) * loop.epochs)
     trainer = DistillTrainer(

@@ -39,6 +39,7 @@ from ollama_forge.train.options import (
     Watch,
     plan_steps,
 )
+from ollama_forge.train.recompute import spare_last_blocks
 
 _BASE_LOSS_EXAMPLES = 32
 _ROUTER_NAMES = ("router", "gate")
@@ -76,6 +77,7 @@ def train_adapter(
     judged = list(validation or train)[:_BASE_LOSS_EXAMPLES]
     base_loss = mean_loss(model, judged)
     adapted = add_adapter(model, lora)
+    spare_last_blocks(model)
     total_steps = plan_steps(len(train), loop, int(os.environ.get("WORLD_SIZE", "1")))
     recorder = Recorder(watch, sum(len(row.input_ids) for row in train) * loop.epochs)
     trainer = SFTTrainer(

@@ -65,7 +65,8 @@ class PackedLoraLinear(lora.Linear):
         if adapter is None or args or kwargs:
             adapted: torch.Tensor = super().forward(x, *args, **kwargs)
             return adapted
-        base: PackedLinear = self.get_base_layer()
+        base = self.get_base_layer()
+        assert isinstance(base, PackedLinear)
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)

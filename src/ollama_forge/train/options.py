@@ -11,6 +11,10 @@ IMPORTANCE_FILE = "imatrix.gguf"
 """Name of the importance matrix that a run leaves in its folder."""
 
 
+KEPT_ACTIVATION_BYTES = 128 << 20
+"""Room for the activations of the last blocks, which are not computed a second time (`train.recompute`)."""
+
+
 @dataclass(frozen=True)
 class LossPoint:
     """A loss (nats per token) after a number of optimizer steps."""

@@ -118,7 +118,7 @@ def plan_gguf_edit(
             )
         else:
             chunks = _Job(source, origin, tensor, edit, importance, n_threads, losses.append).chunks
-        entries.append(TensorEntry(name, tensor.shape, tensor.type, chunks))
+        entries.append(TensorEntry(name, tensor.shape, tensor.type, chunks, is_computed=True))
     fields = edited_fields(source, without=_SPLIT_KEYS)
     return EditedGGUF(
         fields=tuple(fields),
