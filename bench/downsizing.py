@@ -22,11 +22,11 @@ def measure_prune(shop: Workshop) -> list[Row]:
     first = (shop.large_layers - n_dropped) // 2
     small, copy = shop.folder / "pruned.gguf", shop.folder / "pruned-copy.gguf"
     layers = f"{first}-{first + n_dropped - 1}"
-    prune = shop.forge("downsize", "prune", str(whole), "--drop-layers", layers, "-o", str(small), "--force", "-q")
-    run_once(Command("once", prune))
+    prune = shop.forge("downsize", "prune", str(whole), "--drop-layers", layers, "-o", str(small), "-q")
+    run_once(Command("once", prune, clean=removing(small)))
     ours, floor = run_side_by_side(
         [
-            Command("prune", prune),
+            Command("prune", prune, clean=removing(small)),
             Command("cp", ("sh", "-c", f"cp '{small}' '{copy}' && sync '{copy}'"), clean=removing(copy)),
         ],
         max(shop.repeats, 3),

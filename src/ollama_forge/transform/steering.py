@@ -24,7 +24,7 @@ from ollama_forge.transform.thin import along_rows, spread_rows
 # Rounds at most, and the error along the directions at which it is done, as a share of the change there.
 PACKED_ROUNDS, PACKED_GOAL = 8, 0.03
 FLOAT_ROUNDS, FLOAT_GOAL = 6, 3e-4
-SLAB_ELEMENTS = 1 << 19
+SLAB_ELEMENTS = 1 << 20
 """Numbers that are worked on together by one thread."""
 _ROOM_BYTES, _BYTES_PER_ELEMENT = 200 << 20, 40  # all threads together; the arrays that one of them makes on its way
 # How much error the steering may add: so many times that of plain rounding, and so much of one rounding of its own.
