@@ -143,6 +143,11 @@ def test_what_cannot_work_is_said_before_the_work(place: Path, tmp_path: Path) -
         assert refused.code == 2 and better in refused.err
     planned = forge_json(*words(place, tmp_path / "planned", "new", "--dry-run"))
     assert planned["dry_run"] and planned["plan"]["prompts"]["harmful"]["computing"] == N_PROMPTS // 2
+    source_bytes = planned["plan"]["source_bytes"]
+    assert planned["plan"]["memory_bytes"] > source_bytes and planned["plan"]["disk_bytes"] >= source_bytes
+    assert planned["plan"]["tokens"] > 0
+    told = forge(*words(place, tmp_path / "planned", "new", "--dry-run"))
+    assert "of memory and" in told.out and "Nothing was changed." in told.out
     assert not (tmp_path / "planned").exists()
 
 

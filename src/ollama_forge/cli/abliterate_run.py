@@ -129,6 +129,10 @@ def _show(console: Console, result: AbliterationResult) -> None:
             )
         console.line(f"model     {result.model}, {human_bytes(result.plan['source_bytes'])}")
         console.line(f"folder    {result.folder}")
+        console.line(
+            f"needs     about {human_bytes(result.plan['memory_bytes'])} of memory and "
+            f"{human_bytes(result.plan['disk_bytes'])} of disk"
+        )
         console.line("Nothing was changed.")
         return
     choice = result.choice

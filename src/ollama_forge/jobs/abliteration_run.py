@@ -16,7 +16,7 @@ from ollama_forge.errors import UsageError
 from ollama_forge.jobs.ablation_bench import AblationBench, TrialScore
 from ollama_forge.jobs.abliteration_result import PAGE_FILE, evaluate_result, land_result, require_free_name
 from ollama_forge.jobs.abliteration_work import AbliterateRequest, AbliterationWork, EditedModel
-from ollama_forge.jobs.directions import layers_at
+from ollama_forge.jobs.directions import layers_at, packed_memory_bytes, plan_directions
 from ollama_forge.jobs.landing import LandedModel, LandOptions
 from ollama_forge.jobs.measure_models import require_packages
 from ollama_forge.jobs.refusals import OnStep
@@ -253,8 +253,10 @@ def plan_run(work: AbliterationWork) -> dict[str, Any]:
     resolved = work.resolved
     paths = [resolved.gguf_path] if resolved.gguf_path else sorted((resolved.folder or Path()).glob("*.safetensors"))
     parts = {"harmful": work.harmful, "harmless": work.harmless}
+    source_bytes = sum(path.stat().st_size for path in paths if path is not None)
     return {
-        "source_bytes": sum(path.stat().st_size for path in paths if path is not None),
+        "source_bytes": source_bytes,
+        **_plan_sizes(work, source_bytes),
         "output_dir": str(request.folder),
         "prompts": {
             name: {
@@ -268,6 +270,28 @@ def plan_run(work: AbliterationWork) -> dict[str, Any]:
         "quant": work.quant,
         "name": request.name,
     }
+
+
+def _plan_sizes(work: AbliterationWork, source_bytes: int) -> dict[str, int]:
+    """Memory of the hungriest stage: the packed model and the states of its prompts. Disk: a converted folder, the
+    edited model and the landed one, each about as large as the source.
+    """
+    request = work.request
+    if request.directions is not None:
+        found = {"memory_bytes": packed_memory_bytes(source_bytes), "tokens": 0}
+        scratch_bytes = 0 if work.resolved.gguf_path else source_bytes
+    else:
+        plan = plan_directions(
+            work.resolved,
+            work.harmful.computing,
+            work.harmless.computing,
+            request.folder / "directions.safetensors",
+            request.compute,
+            overwrite=True,
+        )
+        found = {"memory_bytes": plan.memory_bytes, "tokens": plan.tokens}
+        scratch_bytes = plan.scratch_bytes
+    return {**found, "disk_bytes": scratch_bytes + source_bytes * (2 if request.name else 1)}
 
 
 def _missing(work: AbliterationWork, what: str, option: str) -> UsageError:

@@ -162,8 +162,13 @@ def plan_directions(
     per_prompt = 4 * n_layers * width if isinstance(n_layers, int) and isinstance(width, int) else 0
     n_prompts = len(rows[0]) + len(rows[1])
     lengths = [len(row) for part in rows for row in part]
-    memory_bytes = size_bytes + per_prompt * n_prompts * len(options.directions.positions) + _RUNNING_BYTES
+    memory_bytes = packed_memory_bytes(size_bytes) + per_prompt * n_prompts * len(options.directions.positions)
     return DirectionPlan(output, len(rows[0]), len(rows[1]), sum(lengths), max(lengths), scratch_bytes, memory_bytes)
+
+
+def packed_memory_bytes(model_bytes: int) -> int:
+    """About what a packed model of that size takes while prompts run through it."""
+    return model_bytes + _RUNNING_BYTES
 
 
 def _checked(
