@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,13 +11,15 @@ import pytest
 from command import DEMO_MODEL, forge_json
 
 from ollama_forge.arch.kv_cache import kv_cache_bytes
+from ollama_forge.dataset.examples import Source
+from ollama_forge.dataset.tokenize import Tokenized, TokenizedDataset
 from ollama_forge.gguf.reader import GGUFFile, open_gguf
 from ollama_forge.gguf.types import GGMLType
 from ollama_forge.gguf.writer import TensorEntry, plan_layout, string, uint32
 from ollama_forge.jobs.fit import Fit, Machine, fit_finetune, fit_model, fit_run, fit_stream, usual_context
 from ollama_forge.jobs.model_fits import fit_ref, fits_of_store
-from ollama_forge.jobs.training_plan import training_memory
-from ollama_forge.train.options import LoraOptions
+from ollama_forge.jobs.training_plan import plan_training, training_memory
+from ollama_forge.train.options import LoopOptions, LoraOptions
 
 ROOMY = Machine(64 << 30)
 
@@ -53,6 +56,34 @@ def test_fine_tuning_goes_by_the_sums_of_the_training_plan(gguf: GGUFFile) -> No
     fit = fit_finetune(gguf, ROOMY, length=64, lora=LoraOptions(rank=4))
     assert dict(fit.parts) == training_memory(gguf, LoraOptions(rank=4), 64)
     assert fit_finetune(gguf, ROOMY, length=512).needed_bytes > fit.needed_bytes
+
+
+def row_of(n_tokens: int) -> Tokenized:
+    ids = array("q", [5]) * n_tokens
+    return Tokenized(ids, ids, Source(Path("data.jsonl"), 1))
+
+
+def test_activations_that_fit_into_the_spared_room_cost_nothing_more(gguf: GGUFFile) -> None:
+    lora = LoraOptions(rank=4)
+    for n_positions, is_more in ((64, False), (200_000, True)):
+        spared = sum(training_memory(gguf, lora, n_positions, True).values())
+        kept = sum(training_memory(gguf, lora, n_positions, False).values())
+        assert (kept > spared) is is_more
+    long = tuple(row_of(200_000) for _ in range(2))
+    dataset = TokenizedDataset(long, 0, {}, {}, 400_000, 400_000, 200_000)
+    plan = plan_training("base", gguf, dataset, None, lora, LoopOptions(batch_size=1), Path("run"))
+    for free, is_said in ((10 * plan.unspared_bytes, True), (plan.unspared_bytes, False), (None, False)):
+        assert dataclasses.replace(plan, available_bytes=free).is_sparing_for_nothing is is_said
+    short = plan_training(
+        "base",
+        gguf,
+        dataclasses.replace(dataset, rows=(row_of(8),)),
+        None,
+        lora,
+        LoopOptions(batch_size=1),
+        Path("run"),
+    )
+    assert not dataclasses.replace(short, available_bytes=1 << 50).is_sparing_for_nothing
 
 
 def test_what_fits_on_the_card_is_judged_by_the_card(gguf: GGUFFile) -> None:

@@ -197,6 +197,11 @@ def _show_plan(console: Console, plan: TrainingPlan) -> None:
         f"{plan.steps} steps, {human_count(plan.n_trained_parameters)} trained numbers; {light} about "
         f"{human_bytes(plan.memory_bytes)} of memory, {free} free"
     )
+    if plan.is_sparing_for_nothing:
+        console.say(
+            f"All activations would fit too (about {human_bytes(plan.unspared_bytes)} of memory): with "
+            "--no-checkpointing nothing is computed twice"
+        )
 
 
 def show_finetuned(console: Console, result: FinetuneResult) -> None:

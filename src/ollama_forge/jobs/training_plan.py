@@ -29,6 +29,7 @@ class TrainingPlan:
     Attributes:
         light: `green` (fits with room), `yellow` (just fits), `red` (does not), `unknown`.
         n_trained_parameters: numbers in the LoRA matrices.
+        unspared_bytes: the memory if every block kept its activations; the same as `memory_bytes` where all do.
     """
 
     base: str
@@ -43,12 +44,19 @@ class TrainingPlan:
     steps: int
     n_trained_parameters: int
     memory_bytes: int
+    unspared_bytes: int
     available_bytes: int | None
     folder: Path
 
     @property
     def light(self) -> str:
         return fit_light(self.memory_bytes, self.available_bytes)
+
+    @property
+    def is_sparing_for_nothing(self) -> bool:
+        """Whether memory would do without computing activations twice."""
+        fits = fit_light(self.unspared_bytes, self.available_bytes) == "green"
+        return fits and self.unspared_bytes > self.memory_bytes
 
     def document(self) -> dict[str, Any]:
         """The JSON form."""
@@ -65,6 +73,7 @@ class TrainingPlan:
             "steps": self.steps,
             "trained_parameters": self.n_trained_parameters,
             "memory_bytes": self.memory_bytes,
+            "unspared_memory_bytes": self.unspared_bytes,
             "available_bytes": self.available_bytes,
             "light": self.light,
             "workdir": str(self.folder),
@@ -82,6 +91,10 @@ def plan_training(
 ) -> TrainingPlan:
     """The sums of a run over a GGUF."""
     length = max((len(row.input_ids) for row in train.rows), default=1)
+
+    def memory(checkpointing: bool) -> int:
+        return sum(training_memory(gguf, lora, length * loop.batch_size, checkpointing).values())
+
     return TrainingPlan(
         base=base,
         family=find_family_by_gguf(gguf.architecture).name,
@@ -94,7 +107,8 @@ def plan_training(
         longest=train.longest,
         steps=plan_steps(len(train.rows), loop),
         n_trained_parameters=_count_lora(gguf, lora),
-        memory_bytes=sum(training_memory(gguf, lora, length * loop.batch_size, loop.checkpointing).values()),
+        memory_bytes=memory(loop.checkpointing),
+        unspared_bytes=memory(False),
         available_bytes=available_memory_bytes(),
         folder=folder,
     )
