@@ -42,7 +42,7 @@ from ollama_forge.train.full import plan_write_back, unpack_weights, write_back
 from ollama_forge.train.load import PackedModel
 from ollama_forge.train.loop import GracefulInterrupt, Recorder, find_checkpoint, interrupted, loop_settings
 from ollama_forge.train.loss import Head, install_chunked_loss, scales_logits
-from ollama_forge.train.options import LoopOptions, LoraOptions, LossPoint, Watch, plan_steps
+from ollama_forge.train.options import LoopOptions, LoraOptions, LossPoint, Watch, plan_steps, settle
 from ollama_forge.train.recompute import spare_last_blocks
 from ollama_forge.train.teacher import Batch, Teacher, wanted_positions
 
@@ -93,6 +93,7 @@ def distil_student(
     """
     started = time.monotonic()
     require_labels(rows.train)
+    loop = settle(loop, len(rows.train))
     set_seed(loop.seed)
     trained = _trainable(student, lora, options)
     install_distill_loss(student.model, options.loss)

@@ -38,6 +38,7 @@ from ollama_forge.train.options import (
     TrainedAdapter,
     Watch,
     plan_steps,
+    settle,
 )
 from ollama_forge.train.recompute import spare_last_blocks
 
@@ -72,6 +73,7 @@ def train_adapter(
     """
     started = time.monotonic()
     require_labels(train)
+    loop = settle(loop, len(train))
     set_seed(loop.seed)
     install_chunked_loss(model)
     judged = list(validation or train)[:_BASE_LOSS_EXAMPLES]

@@ -113,6 +113,7 @@ def settle(loop: LoopOptions, n_examples: int) -> LoopOptions:
 
 def plan_steps(n_examples: int, loop: LoopOptions, n_processes: int = 1) -> int:
     """Optimizer steps of a run; at least one."""
+    loop = settle(loop, n_examples)
     per_epoch = max(1, math.ceil(n_examples / (loop.batch_size * loop.grad_accum * n_processes)))
     steps = max(1, math.ceil(per_epoch * loop.epochs))
     return min(steps, loop.max_steps) if loop.max_steps else steps
