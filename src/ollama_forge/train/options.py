@@ -11,7 +11,7 @@ IMPORTANCE_FILE = "imatrix.gguf"
 """Name of the importance matrix that a run leaves in its folder."""
 
 
-KEPT_ACTIVATION_BYTES = 128 << 20
+KEPT_ACTIVATION_BYTES = 160 << 20
 """Room for the activations of the last blocks, which are not computed a second time (`train.recompute`)."""
 
 
