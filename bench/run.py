@@ -68,7 +68,7 @@ def main() -> int:
         rows, broken = run_jobs(jobs, shop)
         failed = failed or broken
         if rows:
-            sections[topic] = render_section(topic, rows, time.perf_counter() - began, load)
+            sections[topic] = render_section(topic, rows, time.perf_counter() - began, load, shop.repeats)
     if not options.keep:
         shutil.rmtree(folder)
     known = read_sections() if options.topic else {}
@@ -105,7 +105,7 @@ def render_results(sections: dict[str, str], shop: Workshop) -> str:
     lines = [
         "# What it costs, beside what you would otherwise use",
         "",
-        f"Written by `make bench`. Medians of {shop.repeats} runs or more; the sides take turns; wall time of whole "
+        "Written by `make bench`. Medians; the sides take turns; wall time of whole "
         "processes, start-up included; memory is the process's high-water mark.",
         "",
         f"- Machine: {describe_machine()}; {shop.n_threads} threads for every tool that takes the number.",
@@ -115,11 +115,12 @@ def render_results(sections: dict[str, str], shop: Workshop) -> str:
     return "\n\n".join(["\n".join(lines), *(sections[topic] for topic in TOPICS if topic in sections)]) + "\n"
 
 
-def render_section(topic: str, rows: list[Row], seconds: float, load_before: float) -> str:
+def render_section(topic: str, rows: list[Row], seconds: float, load_before: float, repeats: int) -> str:
     lines = [
         f"## {topic}",
         "",
-        f"Measured in {seconds / 60:.0f} minutes; load average {load_before:.1f} before the first run.",
+        f"Measured in {seconds / 60:.0f} minutes, runs of each side: {repeats} or more; load average "
+        f"{load_before:.1f} before the first run.",
         "",
         "| job | ours | beside | ratio | promised | held |",
         "|---|---|---|---|---|---|",
