@@ -285,7 +285,7 @@ def _plan_sizes(work: AbliterationWork, source_bytes: int) -> dict[str, int]:
             work.resolved,
             work.harmful.computing,
             work.harmless.computing,
-            request.folder / "directions.safetensors",
+            work.directions_path,
             request.compute,
             overwrite=True,
         )

@@ -60,11 +60,8 @@ def _count_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 def _token_bytes(block: nn.Module, width: int) -> int:
     """What backward needs of a block for each token: what its matrices give and are given, and its norms."""
-    outputs = 0
-    for name, module in block.named_modules():
-        is_adapter = ".lora_" in name or ".base_layer" in name
-        if isinstance(module, nn.Linear) and not is_adapter:
-            outputs += module.out_features
-        elif hasattr(module, "base_layer"):
-            outputs += module.base_layer.out_features
+    linear = (
+        module for name, module in block.named_modules() if ".lora_" not in name and isinstance(module, nn.Linear)
+    )
+    outputs = sum(module.out_features for module in linear)
     return _FLOAT_BYTES * (2 * outputs + 4 * width)
