@@ -6,7 +6,18 @@ import os
 import shutil
 from pathlib import Path
 
-from harness import Command, Job, Measurement, Row, Workshop, removing, run_side_by_side, show, show_seconds
+from harness import (
+    Command,
+    Job,
+    Measurement,
+    Row,
+    Workshop,
+    removing,
+    run_in_slices,
+    run_side_by_side,
+    show,
+    show_seconds,
+)
 from peer_converter import find_llama_cpp
 from random_models import LlamaShape
 
@@ -113,7 +124,7 @@ def measure_one_pass(shop: Workshop) -> list[Row]:
     if tool := find_llama_quantize():
         peer = (tool, str(ready), str(theirs), "Q4_K_M", str(shop.n_threads))
         commands.append(Command("llama-quantize", peer, clean=removing(theirs)))
-    measured = run_side_by_side(commands, shop.repeats)
+    measured = run_in_slices(commands, shop.repeats)
     removing(ours, theirs, requantized)()
     one_pass, from_gguf, kernels = measured[:3]
     beside = measured[3] if len(measured) > 3 else kernels

@@ -1,14 +1,12 @@
-"""Child of `distilling.py`: load teacher and student one way, take some LoRA distillation steps, print them as JSON.
+"""Child of `distilling.py`: load teacher and student one way, and take a LoRA distillation step for each line on
+standard input (see `turns`).
 
-python bench/distill_steps.py packed|trl TEACHER.gguf STUDENT.gguf TOKENS STEPS THREADS
+python bench/distill_steps.py packed|trl TEACHER.gguf STUDENT.gguf TOKENS THREADS
 """
 
 from __future__ import annotations
 
-import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+from turns import serve
 
 from ollama_forge.train.distill import install_distill_loss
 from ollama_forge.train.distill_options import DistillLoss
@@ -72,30 +71,28 @@ def trl_step(teacher_path: Path, student_path: Path) -> tuple[Any, Step]:
     return learner, step
 
 
-def main() -> None:
-    kind, teacher_path, student_path = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    n_tokens, n_steps, n_threads = map(int, sys.argv[4:7])
-    torch.set_num_threads(n_threads)
-    torch.manual_seed(0)
-    began = time.perf_counter()
-    learner, step = (packed_step if kind == "packed" else trl_step)(teacher_path, student_path)
-    loaded = time.perf_counter() - began
+def prepare(kind: str, teacher_path: Path, student_path: Path, n_tokens: int) -> Callable[[], float]:
+    """A function that takes a step and gives its loss."""
+    learner, compare = (packed_step if kind == "packed" else trl_step)(teacher_path, student_path)
     optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], lr=1e-4)
-    vocabulary = learner.config.vocab_size
-    ids = torch.randint(3, vocabulary, (1, n_tokens), generator=torch.Generator().manual_seed(1))
-    seconds = []
-    value = 0.0
-    for _ in range(n_steps + 1):
-        began = time.perf_counter()
-        loss = step(ids)
+    ids = torch.randint(3, learner.config.vocab_size, (1, n_tokens), generator=torch.Generator().manual_seed(1))
+
+    def step() -> float:
+        loss = compare(ids)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        value = loss.item()
-        del loss
-        seconds.append(time.perf_counter() - began)
-    # The first step also makes the optimizer's state and warms every buffer.
-    print(json.dumps({"load": loaded, "step": statistics.median(seconds[1:]), "loss": value}))
+        return float(loss)
+
+    return step
+
+
+def main() -> None:
+    kind, teacher_path, student_path = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    n_tokens, n_threads = map(int, sys.argv[4:6])
+    torch.set_num_threads(n_threads)
+    torch.manual_seed(0)
+    serve(lambda: prepare(kind, teacher_path, student_path, n_tokens))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from harness import Command, Job, Measurement, Row, Workshop, run_once, run_side_by_side, show_seconds
+from harness import Command, Job, Row, Workshop, run_once, show_seconds
+from turns import ratio_of, take_turns
 
 SCRIPT = str(Path(__file__).resolve().with_name("distill_steps.py"))
-N_STEPS = 2
+N_STEPS = 4
 N_TOKENS = 256
 
 
@@ -16,21 +16,22 @@ def measure_distilling(shop: Workshop) -> list[Row]:
     """Step time and peak memory: a Q4_K_M teacher, and a student of half its layers that learns through LoRA."""
     teacher = make_gguf(shop, shop.large_layers)
     student = make_gguf(shop, max(1, shop.large_layers // 2))
-    numbers = (str(N_TOKENS), str(N_STEPS), str(shop.n_threads))
+    numbers = (str(N_TOKENS), str(shop.n_threads))
     sides = [
         Command(kind, shop.python(SCRIPT, kind, str(teacher), str(student), *numbers)) for kind in ("packed", "trl")
     ]
-    ours, theirs = run_side_by_side(sides, shop.repeats)
-    step, their_step = _step(ours), _step(theirs)
+    ours, theirs = take_turns(sides, N_STEPS)
+    ratio, pairs = ratio_of(ours, theirs)
     files = teacher.stat().st_size + student.stat().st_size
     return [
         Row(
             f"distillation step, {N_TOKENS} tokens",
-            show_seconds(step),
-            f"TRL's loss on dense float32 + peft: {show_seconds(their_step)}",
-            f"{step / their_step:.2f}x its time",
+            show_seconds(ours.seconds),
+            f"TRL's loss on dense float32 + peft: {show_seconds(theirs.seconds)}",
+            f"{ratio:.2f}x its time",
             "",
             None,
+            pairs,
         ),
         Row(
             f"its peak memory, {N_TOKENS} tokens",
@@ -51,12 +52,6 @@ def make_gguf(shop: Workshop, n_layers: int) -> Path:
     if not path.exists():
         run_once(Command("make it", shop.forge("convert", str(folder), "-o", str(path), "--quant", "Q4_K_M")))
     return path
-
-
-def _step(measurement: Measurement) -> float:
-    """Seconds of the median run's step."""
-    steps = sorted(float(json.loads(run.output.splitlines()[-1])["step"]) for run in measurement.runs)
-    return steps[len(steps) // 2]
 
 
 JOBS = (Job("distilling", measure_distilling),)

@@ -2,19 +2,25 @@
 
 Time is wall time of the whole child (start-up included, because a person waits for that too), memory is the child's
 own high-water mark as `wait4` reports it. Runs of the two sides alternate, so that a slow minute of the machine falls
-on both; figures are medians.
+on both; where they take minutes they alternate every two seconds. Figures are medians.
 """
 
 from __future__ import annotations
 
 import os
+import resource
+import select
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+SLICE_SECONDS = 2.0
 
 
 class FailedRunError(Exception):
@@ -122,8 +128,7 @@ def run_once(command: Command) -> Run:
     if command.clean:
         command.clean()
     os.sync()
-    environment = {**os.environ, **command.environment}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # a user's Python keeps its bytecode
+    environment = _environment(command)
     began = time.perf_counter()
     child = subprocess.Popen(command.argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
     with child:
@@ -131,8 +136,18 @@ def run_once(command: Command) -> Run:
         _, status, usage = os.wait4(child.pid, 0)
         seconds = time.perf_counter() - began
         child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise FailedRunError(f"{' '.join(command.argv)} exited with {child.returncode}:\n{output[-2000:]}")
+    return _ended(command, child.returncode, seconds, usage, output)
+
+
+def _environment(command: Command) -> dict[str, str]:
+    environment = {**os.environ, **command.environment}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # a user's Python keeps its bytecode
+    return environment
+
+
+def _ended(command: Command, code: int, seconds: float, usage: resource.struct_rusage, output: str) -> Run:
+    if code:
+        raise FailedRunError(f"{' '.join(command.argv)} exited with {code}:\n{output[-2000:]}")
     scale = 1 if sys.platform == "darwin" else 1024
     return Run(seconds, usage.ru_maxrss * scale, output, usage.ru_utime + usage.ru_stime)
 
@@ -145,6 +160,79 @@ def run_side_by_side(commands: Sequence[Command], repeats: int) -> list[Measurem
             runs[index].append(run_once(command))
             print(f"    {command.label}: {runs[index][-1].seconds:.2f} s", file=sys.stderr, flush=True)
     return [Measurement(command.label, tuple(taken)) for command, taken in zip(commands, runs, strict=True)]
+
+
+def run_in_slices(commands: Sequence[Command], repeats: int) -> list[Measurement]:
+    """As `run_side_by_side`, for commands that take minutes: all of them are begun, and one at a time goes on for two
+    seconds while the others are stopped. A run's seconds are those in which it went on. Linux only.
+    """
+    runs: list[list[Run]] = [[] for _ in commands]
+    for _ in range(repeats):
+        for command in commands:
+            if command.clean:
+                command.clean()
+        os.sync()
+        sliced = [_Sliced(command) for command in commands]
+        try:
+            while any(child.run is None for child in sliced):
+                for child in sliced:
+                    child.go_on()
+        finally:
+            for child in sliced:
+                child.kill()
+        for taken, child in zip(runs, sliced, strict=True):
+            assert child.run is not None
+            taken.append(child.run)
+            print(f"    {child.command.label}: {child.run.seconds:.2f} s", file=sys.stderr, flush=True)
+    return [Measurement(command.label, tuple(taken)) for command, taken in zip(commands, runs, strict=True)]
+
+
+class _Sliced:
+    """A command that goes on only while it is told to; `run` is known when it has ended."""
+
+    def __init__(self, command: Command) -> None:
+        self.command = command
+        self.run: Run | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `kill`
+        self._seconds = 0.0
+
+    def go_on(self) -> None:
+        """A slice of it, or what is left."""
+        if self.run is not None:
+            return
+        began = time.perf_counter()
+        if self._child is None:
+            self._child = subprocess.Popen(
+                self.command.argv,
+                stdout=self._said,
+                stderr=subprocess.STDOUT,
+                env=_environment(self.command),
+                start_new_session=True,
+            )
+        else:
+            os.killpg(self._child.pid, signal.SIGCONT)
+        handle = os.pidfd_open(self._child.pid)
+        try:
+            is_over = bool(select.select([handle], [], [], SLICE_SECONDS)[0])
+        finally:
+            os.close(handle)
+        if not is_over:
+            os.killpg(self._child.pid, signal.SIGSTOP)
+        self._seconds += time.perf_counter() - began
+        if is_over:
+            _, status, usage = os.wait4(self._child.pid, 0)
+            self._child.returncode = os.waitstatus_to_exitcode(status)
+            self._said.seek(0)
+            output = self._said.read().decode("utf-8", "replace")
+            self.run = _ended(self.command, self._child.returncode, self._seconds, usage, output)
+
+    def kill(self) -> None:
+        """End it where another one failed."""
+        self._said.close()
+        if self._child is not None and self._child.returncode is None:
+            os.killpg(self._child.pid, signal.SIGKILL)
+            self._child.wait()
 
 
 def removing(*paths: Path) -> Callable[[], None]:

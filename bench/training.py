@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from harness import Command, Job, Measurement, Row, Workshop, run_once, run_side_by_side, show_seconds
+from harness import Command, Job, Row, Workshop, run_once, show_seconds
+from turns import Turns, ratio_of, take_turns
 
 SCRIPT = str(Path(__file__).resolve().with_name("train_steps.py"))
-N_STEPS = 2
+N_STEPS = {128: 8, 512: 4}
 ROOM_BYTES = 1_200_000_000
 
 
@@ -34,15 +34,16 @@ def _quantized(shop: Workshop, what: str, n_layers: int) -> Path:
 
 def _measure(shop: Workshop, path: Path, n_tokens: int, limit: float | None, label: str) -> list[Row]:
     sides = [
-        Command(kind, shop.python(SCRIPT, kind, str(path), str(n_tokens), str(N_STEPS), str(shop.n_threads)))
+        Command(kind, shop.python(SCRIPT, kind, str(path), str(n_tokens), str(shop.n_threads)))
         for kind in ("packed", "dense")
     ]
-    ours, theirs = run_side_by_side(sides, shop.repeats)
+    ours, theirs = take_turns(sides, N_STEPS[n_tokens])
     return _rows(label, limit, path.stat().st_size, ours, theirs)
 
 
-def _rows(label: str, limit: float | None, file_bytes: int, ours: Measurement, theirs: Measurement) -> list[Row]:
-    (load, step), (dense_load, dense_step) = _reported(ours), _reported(theirs)
+def _rows(label: str, limit: float | None, file_bytes: int, ours: Turns, theirs: Turns) -> list[Row]:
+    load, dense_load = ours.load_seconds, theirs.load_seconds
+    ratio, pairs = ratio_of(ours, theirs)
     most = file_bytes + ROOM_BYTES
     memory, dense_memory = f"{ours.peak_bytes / 1e6:.0f} MB", f"{theirs.peak_bytes / 1e6:.0f} MB"
     return [
@@ -56,11 +57,12 @@ def _rows(label: str, limit: float | None, file_bytes: int, ours: Measurement, t
         ),
         Row(
             f"LoRA step, {label}",
-            show_seconds(step),
-            f"dense float32 + peft: {show_seconds(dense_step)}",
-            f"{step / dense_step:.2f}x its time",
+            show_seconds(ours.seconds),
+            f"dense float32 + peft: {show_seconds(theirs.seconds)}",
+            f"{ratio:.2f}x its time",
             f"<= {limit}x" if limit else "",
-            step / dense_step <= limit if limit else None,
+            ratio <= limit if limit else None,
+            pairs,
         ),
         Row(
             f"peak memory, {label}",
@@ -72,13 +74,6 @@ def _rows(label: str, limit: float | None, file_bytes: int, ours: Measurement, t
             f"the file has {file_bytes / 1e6:.0f} MB",
         ),
     ]
-
-
-def _reported(measurement: Measurement) -> tuple[float, float]:
-    """(load, step) in seconds: of the run with the median step."""
-    documents = [json.loads(run.output.splitlines()[-1]) for run in measurement.runs]
-    chosen = sorted(documents, key=lambda document: float(document["step"]))[len(documents) // 2]
-    return float(chosen["load"]), float(chosen["step"])
 
 
 JOBS = (Job("training", measure_training), Job("wide-training", measure_wide_training))

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 COPY_CHUNK_BYTES = 1 << 22
 _OVERLAP_BYTES = 1 << 20
 _SYNC_BYTES = 64 << 20
+_COPY_BYTES = 64 << 20
+_CANNOT_COPY = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF})
 _TEMP_NAME = re.compile(r"\.forge-(\d+)-[0-9a-f]{8}\.tmp$")
 _FICLONE = 0x40049409  # linux/fs.h
 
@@ -50,6 +52,19 @@ class WrittenFile:
     path: Path
     size_bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class FileSpan:
+    """Bytes of an open file.
+
+    Attributes:
+        descriptor: of the file, open for reading.
+    """
+
+    descriptor: int
+    offset: int
+    n_bytes: int
 
 
 class HashingWriter:
@@ -83,11 +98,45 @@ class HashingWriter:
                 self._stream.write(view)
             finally:
                 hashed.result()
-        self.size_bytes += len(view)
-        self._unsynced_bytes += len(view)
+        self._note_written(len(view))
+        return len(view)
+
+    def copy(self, span: FileSpan, advance: Advance | None = None) -> bool:
+        """Take bytes of another file without their passing through this process, where the system can do that.
+
+        Returns:
+            False when nothing was copied and they have to be written: they are to be hashed, or the system cannot.
+
+        Raises:
+            OSError: it began, and then it failed.
+        """
+        copy_range = getattr(os, "copy_file_range", None)
+        if self._hash is not None or copy_range is None:
+            return False
+        self._stream.flush()
+        done = 0
+        while done < span.n_bytes:
+            count = min(_COPY_BYTES, span.n_bytes - done)
+            try:
+                copied = copy_range(span.descriptor, self._stream.fileno(), count, span.offset + done)
+            except OSError as exc:
+                if done == 0 and exc.errno in _CANNOT_COPY:
+                    return False
+                raise
+            if copied == 0:
+                raise OSError(errno.EIO, "the file that is copied has become shorter")
+            done += copied
+            self._note_written(copied)
+            if advance:
+                advance(copied)
+        self._stream.seek(0, os.SEEK_END)  # it has not seen them
+        return True
+
+    def _note_written(self, n_bytes: int) -> None:
+        self.size_bytes += n_bytes
+        self._unsynced_bytes += n_bytes
         if self._unsynced_bytes >= _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
             self._start_syncing()
-        return len(view)
 
     def sync(self) -> None:
         """Return when everything written lies on the disk.

@@ -176,6 +176,25 @@ def test_two_processes_train_one_student(here: Path, tmp_path: Path) -> None:
     assert two["final_divergence"] < 0.9 * two["base_divergence"]
 
 
+def test_teacher_and_student_may_be_shared_out_over_processes(here: Path, tmp_path: Path) -> None:
+    """`accelerate launch --use_fsdp`: each process keeps half of the layers; what is learnt is the same to the bit."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    more = (*SHORT, "--device", "cpu", "--json")
+    for kind in ("--multi_gpu", "--use_fsdp"):
+        command = [*launch, kind, "-m", "ollama_forge", *words(here, tmp_path / kind, *more)]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        assert json.loads(ended.stdout)["steps"] == 4
+    weights = "adapter/adapter_model.safetensors"
+    alone, shared = ((tmp_path / kind / weights).read_bytes() for kind in ("--multi_gpu", "--use_fsdp"))
+    assert alone == shared
+    command = [*launch, "--use_fsdp", "-m", "ollama_forge", *words(here, tmp_path / "own", *more, "--on-policy", "0.5")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    assert ended.returncode != 0 and "--on-policy and layers that are shared out" in ended.stdout
+    assert not (tmp_path / "own").exists()
+
+
 def test_a_student_may_be_made_of_its_teacher(here: Path, tmp_path: Path) -> None:
     argv = words(here, tmp_path / "run", *SHORT, "--full", "--student-layers", "2", "--student-hidden", "192")
     del argv[argv.index("--student") : argv.index("--student") + 2]

@@ -153,19 +153,26 @@ def test_one_example_is_one_step_an_epoch(store: Path, tmp_path: Path) -> None:
 def test_two_processes_train_one_adapter(store: Path, tmp_path: Path) -> None:
     """`accelerate launch` with two CPU processes: one adapter, one report, one landing, and the numbers of a single
     process with batches twice as large. (`--multi_gpu` is its word for several processes; with `--cpu` it starts one.)
+    With `--use_fsdp` the layers are shared out: not a bit of the result changes.
     """
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     more = ("--device", "cpu", "--lr", "2e-4", "--max-steps", "8", "--json")
-    command = [*launch, "-m", "ollama_forge", *words(store, tmp_path / "two", "--name", "twins", *more)]
-    command[command.index("--batch-size") + 1] = "5"
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    two = json.loads(ended.stdout)
+    results = {}
+    for kind, name in (("--multi_gpu", "twins"), ("--use_fsdp", "shared")):
+        command = [*launch, kind, "-m", "ollama_forge", *words(store, tmp_path / name, "--name", name, *more)]
+        command[command.index("--batch-size") + 1] = "5"
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        results[name] = json.loads(ended.stdout)
+    two = results["twins"]
     one = forge_json(*words(store, tmp_path / "one", "--name", "single", *more[:-1]))
     assert two["landed"]["name"] == "twins:latest" and two["steps"] == one["steps"] == 8
     assert [loss for _, loss in two["losses"]] == pytest.approx([loss for _, loss in one["losses"]], rel=2e-3)
     assert two["final_loss"] == pytest.approx(one["final_loss"], rel=2e-3)
+    assert results["shared"]["losses"] == two["losses"]
+    weights = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "shared" / weights).read_bytes() == (tmp_path / "twins" / weights).read_bytes()
 
 
 REFUSALS: dict[str, tuple[tuple[str, ...], str]] = {

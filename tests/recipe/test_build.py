@@ -93,6 +93,21 @@ def test_adapters_become_layers_and_a_gguf_is_quantized(place: Path) -> None:
     assert forge_json("show", "layered", "--store", place / "store")["quantization"] == "Q8_0"
 
 
+def test_a_model_is_made_to_fit_a_size(place: Path, home: Path) -> None:
+    text = "name: fitting\ncheckpoint: model\nsteps:\n  - fit: {size: 1.1MB, context: 256, passes: 8}\n"
+    planned = forge_json("build", write(place, text), "--store", place / "store", "--dry-run")
+    assert [step["state"] for step in planned["steps"]] == ["planned"]
+    done = forge_json("build", write(place, text), "--store", place / "store")
+    (step,) = done["steps"]
+    assert step["kind"] == "fit" and step["facts"]["context"] == 256 and step["facts"]["kl"] > 0
+    blob = open_store(place / "store").find("fitting").model_path
+    assert blob is not None and blob.stat().st_size == step["facts"]["bytes"] < 1_100_000
+    again = forge_json("build", write(place, text), "--store", place / "store")
+    assert again["digest"] == done["digest"] and again["steps_done"] == 0
+    refused = forge("build", write(place, text.replace("1.1MB", "a lot")), "--store", place / "store", "--json")
+    assert refused.code == 1 and "is not a size" in json.dumps(refused.document)
+
+
 def test_a_second_build_writes_nothing_and_says_so(place: Path, home: Path) -> None:
     recipe = write(place, "name: m\ncheckpoint: model\nsteps: [{quantize: Q4_K_M}]\n")
     first = forge_json("build", recipe, "--store", place / "store")

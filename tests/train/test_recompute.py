@@ -25,14 +25,14 @@ def packed_file(family: str, folder: Path) -> Path:
     return path
 
 
-def adapted_model(path: Path, kept_bytes: int | None) -> PeftModel:
+def adapted_model(path: Path, room_bytes: int | None) -> PeftModel:
     torch.manual_seed(0)
     model = load_packed(path).model
     install_chunked_loss(model)
     config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
-    if kept_bytes is not None:
-        assert spare_last_blocks(model, kept_bytes) is not None
+    if room_bytes is not None:
+        assert spare_last_blocks(model, room_bytes) is not None
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return adapted.train()
 
@@ -52,13 +52,13 @@ def run_step(adapted: PeftModel, n_tokens: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kept_bytes", [ENOUGH, TOO_LITTLE], ids=["all blocks keep", "none keeps"])
-def test_gradients_are_the_same_to_the_bit(family: str, kept_bytes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("room_bytes", [ENOUGH, TOO_LITTLE], ids=["all blocks keep", "none keeps"])
+def test_gradients_are_the_same_to_the_bit(family: str, room_bytes: int, tmp_path: Path) -> None:
     path = packed_file(family, tmp_path)
     expected = run_step(adapted_model(path, None), 12)
-    adapted = adapted_model(path, kept_bytes)
+    adapted = adapted_model(path, room_bytes)
     found = run_step(adapted, 12)
-    assert {block.gradient_checkpointing for block in blocks_of(adapted)} == {kept_bytes == TOO_LITTLE}
+    assert {block.gradient_checkpointing for block in blocks_of(adapted)} == {room_bytes == TOO_LITTLE}
     assert expected.keys() == found.keys() and len(expected) > 4
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
 

@@ -9,7 +9,7 @@ import click
 
 from ollama_forge.cli.console import Console
 from ollama_forge.cli.invoke import run_and_tell
-from ollama_forge.cli.options import console_options, store_option, write_options
+from ollama_forge.cli.landing import HandedOn, handed_on_options
 from ollama_forge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,24 +35,12 @@ if TYPE_CHECKING:
 @click.option("--num-ctx", metavar="N", help="A parameter of the model.")
 @click.option("--top-p", metavar="X", help="A parameter of the model.")
 @click.option("--repeat-penalty", metavar="X", help="A parameter of the model.")
-@click.option("--check/--no-check", default=True, help="Run the model before it gets its name (default: yes).")
-@click.option("--host", metavar="URL", help="Land in this running Ollama through its API, not in a store.")
-@click.option("--out-modelfile", metavar="FILE", help="Write the model's Modelfile there, too.")
-@click.option("--plan", "is_plan", is_flag=True, help="The same as --dry-run.")
 @click.option("--no-prompt", is_flag=True, hidden=True)
-@store_option
-@write_options
-@console_options
+@handed_on_options
 def command(
     source: str,
-    check: bool,
-    host: str | None,
-    out_modelfile: str | None,
-    is_plan: bool,
     no_prompt: bool,
-    store_path: Path | None,
-    force: bool,
-    dry_run: bool,
+    landing: HandedOn,
     console: Console,
     **wishes: Any,
 ) -> None:
@@ -63,15 +51,10 @@ def command(
     """
     from ollama_forge.recipe.identify import identify
 
-    found = identify(source, store_path, revision=wishes["revision"] or "")
+    found = identify(source, landing.store_path, revision=wishes["revision"] or "")
     console.say(f"{source} is {found.said}.")
     words = _words_for(found, wishes)
-    words += [] if check else ["--no-check"]
-    words += ["--host", host] if host else []
-    words += ["--out-modelfile", out_modelfile] if out_modelfile else []
-    words += ["--store", str(store_path)] if store_path else []
-    words += ["--force"] if force else []
-    words += ["--dry-run"] if dry_run or is_plan else []
+    words += landing.words
     extra = {"source": source, "kind": found.kind.value, "evidence": found.said, "command": words}
     run_and_tell(console, words, extra)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +20,7 @@ if TYPE_CHECKING:
 def landing_options(function: Command) -> Command:
     """All that every landing command takes; the command receives `options`, a `LandOptions`."""
 
-    @click.option("--check/--no-check", default=True, help="Run the model before it gets its name (default: yes).")
-    @click.option("--host", metavar="URL", help="Land in this running Ollama through its API, not in a store.")
-    @click.option(
-        "--out-modelfile",
-        type=click.Path(path_type=Path),
-        metavar="FILE",
-        help="Write the model's Modelfile there, too.",
-    )
-    @store_option
-    @write_options
-    @console_options
+    @_spelled
     @functools.wraps(function)
     def wrapper(
         *args: Any,
@@ -62,6 +53,63 @@ def landing_options(function: Command) -> Command:
         return result
 
     return wrapper
+
+
+@dataclass(frozen=True)
+class HandedOn:
+    """The landing options of a command that runs another one: as words of that one's command line."""
+
+    words: tuple[str, ...]
+    is_dry_run: bool
+    store_path: Path | None
+
+
+def handed_on_options(function: Command) -> Command:
+    """The same options, and `--plan`, for a command that runs a landing one; it receives `landing`, a `HandedOn`."""
+
+    @click.option("--plan", "is_plan", is_flag=True, help="The same as --dry-run.")
+    @_spelled
+    @functools.wraps(function)
+    def wrapper(
+        *args: Any,
+        check: bool,
+        host: str | None,
+        out_modelfile: Path | None,
+        store_path: Path | None,
+        force: bool,
+        dry_run: bool,
+        is_plan: bool,
+        **kwargs: Any,
+    ) -> Any:
+        is_dry_run = dry_run or is_plan
+        words = [] if check else ["--no-check"]
+        words += ["--host", host] if host else []
+        words += ["--out-modelfile", str(out_modelfile)] if out_modelfile else []
+        words += ["--store", str(store_path)] if store_path else []
+        words += ["--force"] if force else []
+        words += ["--dry-run"] if is_dry_run else []
+        return function(*args, landing=HandedOn(tuple(words), is_dry_run, store_path), **kwargs)
+
+    return wrapper
+
+
+def _spelled(function: Command) -> Command:
+    """The options, one below the other in this order in every command's help."""
+    for option in (
+        console_options,
+        write_options,
+        store_option,
+        click.option(
+            "--out-modelfile",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="Write the model's Modelfile there, too.",
+        ),
+        click.option("--host", metavar="URL", help="Land in this running Ollama through its API, not in a store."),
+        click.option("--check/--no-check", default=True, help="Run the model before it gets its name (default: yes)."),
+    ):
+        function = option(function)
+    return function
 
 
 def _require_modelfile_place(path: Path, options: LandOptions) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from ollama_forge.cli.console import Console
 from ollama_forge.cli.invoke import run_and_tell
-from ollama_forge.cli.options import console_options, store_option, write_options
+from ollama_forge.cli.landing import HandedOn, handed_on_options
 
 PROFILES = ("fast", "balanced", "quality", "low-vram")
 TASKS = ("chat", "coding", "creative")
@@ -30,14 +28,8 @@ TASKS = ("chat", "coding", "creative")
 @click.option("--num-ctx", metavar="N", help="Instead of the profile's.")
 @click.option("--top-p", metavar="X", help="Instead of the profile's.")
 @click.option("--repeat-penalty", metavar="X", help="Instead of the profile's.")
-@click.option("--check/--no-check", default=True, help="Run the model before it gets its name (default: yes).")
-@click.option("--host", metavar="URL", help="Land in this running Ollama through its API, not in a store.")
-@click.option("--out-modelfile", metavar="FILE", help="Write the model's Modelfile there, too.")
-@click.option("--plan", "is_plan", is_flag=True, help="The same as --dry-run.")
 @click.option("--non-interactive", is_flag=True, hidden=True)
-@store_option
-@write_options
-@console_options
+@handed_on_options
 def command(
     name: str,
     profile: str,
@@ -50,14 +42,8 @@ def command(
     num_ctx: str | None,
     top_p: str | None,
     repeat_penalty: str | None,
-    check: bool,
-    host: str | None,
-    out_modelfile: str | None,
-    is_plan: bool,
     non_interactive: bool,
-    store_path: Path | None,
-    force: bool,
-    dry_run: bool,
+    landing: HandedOn,
     console: Console,
 ) -> None:
     """Get a small model that suits this machine's memory, verified, and ready to run.
@@ -76,14 +62,9 @@ def command(
     words += ["--system", system] if system else []
     for key, text in parameters.items():
         words += [f"--{key.replace('_', '-')}", text]
-    words += [] if check else ["--no-check"]
-    words += ["--host", host] if host else []
-    words += ["--out-modelfile", out_modelfile] if out_modelfile else []
-    words += ["--store", str(store_path)] if store_path else []
-    words += ["--force"] if force else []
-    words += ["--dry-run"] if dry_run or is_plan else []
+    words += landing.words
     console.say(f"{start.repo} in {start.quant}: {start.why}")
     chosen = {"profile": profile, "task": task, "repo": start.repo, "parameters": parameters, "why": start.why}
     run_and_tell(console, words, {"start": chosen, "command": words})
-    if not (dry_run or is_plan):
+    if not landing.is_dry_run:
         console.say(f'  ask it: ollama-forge run {name} "Why is the sky blue?"')

@@ -12,13 +12,14 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
 
 from ollama_forge.errors import GGUFError, NotFoundError, UnsafeFileError
-from ollama_forge.files import disk_error
+from ollama_forge.files import FileSpan, disk_error
 from ollama_forge.gguf.header import GGUFArray, GGUFField, GGUFTensor, Header, parse_header
 from ollama_forge.gguf.types import ValueType
 
@@ -56,7 +57,9 @@ class GGUFFile:
     `GGUFArray`s; `fields` the same keys with their types and raw bytes; `tensors` is in file order, shard by shard.
     """
 
-    def __init__(self, paths: tuple[Path, ...], maps: list[mmap.mmap], headers: list[Header]) -> None:
+    def __init__(
+        self, paths: tuple[Path, ...], maps: list[mmap.mmap], descriptors: list[int], headers: list[Header]
+    ) -> None:
         first = headers[0]
         self.path = paths[0]
         self.paths = paths
@@ -71,6 +74,8 @@ class GGUFFile:
         self.architecture: str = self.metadata.get("general.architecture", "")
         self._all_fields = [entry for header in headers for entry in header.fields.values()]
         self._maps = maps
+        self._descriptors = tuple(descriptors)
+        self._close_descriptors = weakref.finalize(self, _close_all, self._descriptors)
         self._views = [memoryview(content) for content in maps]
 
     def __enter__(self) -> GGUFFile:
@@ -88,6 +93,7 @@ class GGUFFile:
         for content in self._maps:
             with contextlib.suppress(BufferError):
                 content.close()
+        self._close_descriptors()
 
     def arch_value(self, suffix: str, default: Any = None) -> Any:
         """The value of `<architecture>.<suffix>`."""
@@ -130,6 +136,15 @@ class GGUFFile:
             yield view[start:stop]
             self._forget(tensor.shard, start, stop)
 
+    def span(self, name: str) -> FileSpan:
+        """Where the tensor's bytes lie; valid until the file is closed.
+
+        Raises:
+            NotFoundError: the file has no tensor of that name.
+        """
+        tensor = self.find_tensor(name)
+        return FileSpan(self._descriptors[tensor.shard], tensor.offset, tensor.nbytes)
+
     def release(self, name: str) -> None:
         """Let the system drop the tensor's pages from this process, so that its memory stays bounded.
 
@@ -156,27 +171,34 @@ def open_gguf(path: Path) -> GGUFFile:
     """
     path = _first_shard(Path(path))
     with contextlib.ExitStack() as undo:
-        content, header = _open_one(path, 0, undo)
+        content, descriptor, header = _open_one(path, 0, undo)
         _require_architecture(path, header)
-        paths, maps, headers = [path], [content], [header]
+        paths, maps, descriptors, headers = [path], [content], [descriptor], [header]
         for number, shard_path in enumerate(_other_shards(path, header), 1):
-            content, shard = _open_one(shard_path, number, undo)
+            content, descriptor, shard = _open_one(shard_path, number, undo)
             _require_shard(shard_path, shard, header, number)
             paths.append(shard_path)
             maps.append(content)
+            descriptors.append(descriptor)
             headers.append(shard)
         _require_whole_set(path, headers)
         undo.pop_all()
-        return GGUFFile(tuple(paths), maps, headers)
+        return GGUFFile(tuple(paths), maps, descriptors, headers)
 
 
-def _open_one(path: Path, shard: int, undo: contextlib.ExitStack) -> tuple[mmap.mmap, Header]:
-    content = _map_file(path)
+def _open_one(path: Path, shard: int, undo: contextlib.ExitStack) -> tuple[mmap.mmap, int, Header]:
+    content, descriptor = _map_file(path)
+    undo.callback(os.close, descriptor)
     undo.callback(_close_quietly, content)
     if content[:4] != b"GGUF":
         _refuse_other_format(path, content[:64], len(content))
     _require_version(path, content)
-    return content, parse_header(content, path, shard)
+    return content, descriptor, parse_header(content, path, shard)
+
+
+def _close_all(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _close_quietly(content: mmap.mmap) -> None:
@@ -185,7 +207,8 @@ def _close_quietly(content: mmap.mmap) -> None:
         content.close()
 
 
-def _map_file(path: Path) -> mmap.mmap:
+def _map_file(path: Path) -> tuple[mmap.mmap, int]:
+    """The mapping, and a descriptor of the same file: by its path another one may be found later."""
     try:
         with path.open("rb") as stream:
             status = os.fstat(stream.fileno())
@@ -197,7 +220,8 @@ def _map_file(path: Path) -> mmap.mmap:
                     why="An empty or very short file is usually an interrupted download.",
                     next="Download or export the file again.",
                 )
-            return mmap.mmap(stream.fileno(), status.st_size, access=mmap.ACCESS_READ)
+            content = mmap.mmap(stream.fileno(), status.st_size, access=mmap.ACCESS_READ)
+            return content, os.dup(stream.fileno())
     except FileNotFoundError as exc:
         raise NotFoundError(f"There is no file {str(path)!r}", next="Check the path.") from exc
     except IsADirectoryError as exc:

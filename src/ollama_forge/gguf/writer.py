@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from ollama_forge.errors import GGUFError
-from ollama_forge.files import Advance
+from ollama_forge.files import Advance, FileSpan
 from ollama_forge.gguf.ahead import Ahead
 from ollama_forge.gguf.header import (
     DEFAULT_ALIGNMENT,
@@ -62,6 +62,7 @@ class TensorEntry:
         chunks: called once, when the tensor's turn comes; gives exactly `tensor_bytes(type, shape)` bytes.
         is_computed: the bytes take a processor, not a disk, so they are asked for one tensor ahead of their turn, in
             another thread; each chunk stays as it is when the next one is asked for.
+        span: where the same bytes lie in a file, for sinks that can take them from there.
     """
 
     name: str
@@ -69,6 +70,7 @@ class TensorEntry:
     type: GGMLType
     chunks: Callable[[], Iterable[Any]] = field(repr=False)
     is_computed: bool = False
+    span: FileSpan | None = None
 
     @property
     def nbytes(self) -> int:
@@ -126,7 +128,8 @@ def copy_entry(source: GGUFFile, name: str, new_name: str | None = None) -> Tens
         NotFoundError: the file has no tensor of that name.
     """
     tensor = source.find_tensor(name)
-    return TensorEntry(new_name or name, tensor.shape, tensor.type, partial(source.iter_chunks, name))
+    chunks = partial(source.iter_chunks, name)
+    return TensorEntry(new_name or name, tensor.shape, tensor.type, chunks, span=source.span(name))
 
 
 def plan_layout(fields: Sequence[Field], entries: Sequence[TensorEntry], alignment: int = DEFAULT_ALIGNMENT) -> Layout:
@@ -188,7 +191,8 @@ def write_gguf(
         advance(len(layout.header))
     with Ahead(entries) as ahead:
         for entry, tensor in zip(entries, layout.tensors, strict=True):
-            _write_tensor(sink, entry, ahead.take(entry), tensor.nbytes, advance)
+            if not _copy_tensor(sink, entry, advance):
+                _write_tensor(sink, entry, ahead.take(entry), tensor.nbytes, advance)
             padding = _padded(tensor.nbytes, alignment) - tensor.nbytes
             if padding:
                 sink.write(bytes(padding))
@@ -318,6 +322,12 @@ def _encode_items(item_type: ValueType, values: Sequence[Any]) -> bytes:
 
 def _text_bytes(value: str | bytes) -> bytes:
     return value if isinstance(value, bytes) else value.encode("utf-8", "surrogateescape")
+
+
+def _copy_tensor(sink: Sink, entry: TensorEntry, advance: Advance | None) -> bool:
+    """Have the sink take an untouched tensor from its file; False where it cannot."""
+    copy = getattr(sink, "copy", None)
+    return copy is not None and entry.span is not None and bool(copy(entry.span, advance))
 
 
 def _write_tensor(sink: Sink, entry: TensorEntry, chunks: Iterable[Any], nbytes: int, advance: Advance | None) -> None:

@@ -33,7 +33,7 @@ from ollama_forge.jobs.finetune_setup import RUN_FILE, require_free_name
 from ollama_forge.jobs.landing import LandedModel, LandOptions, land_gguf
 from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, working
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, inherited, merge_model
-from ollama_forge.jobs.processes import is_first_process, wait_for_first_process
+from ollama_forge.jobs.processes import is_first_process, shares_blocks, wait_for_first_process
 from ollama_forge.jobs.pruning import PruneOptions, prune_model
 from ollama_forge.jobs.resolve import resolve
 from ollama_forge.jobs.teacher_answers import (
@@ -103,11 +103,13 @@ def distill(
     """Do the whole job; with `options.dry_run` only the plan.
 
     Raises:
+        UnsupportedError: processes that were started in a way that cannot work here.
         TrainingError: the vocabularies differ, a model cannot be trained, or training did nothing.
         DatasetError, TemplateError: data that cannot be used.
         ExistsError: the name or the working folder is taken.
         MissingExtraError: torch and its friends are not installed.
     """
+    shares_blocks(writes_answers=bool(request.options.on_policy.share))
     if request.ask is not None and not options.dry_run:
         request = _with_answers(request, options, on_answer)
     if not options.dry_run:
@@ -233,6 +235,7 @@ def _train(
             base=request.student.base,
             end_ids=sorted(run.chat_format.end_ids),
             resume=request.student.resume,
+            is_shared=shares_blocks(),
             watch=watch,
             on_asked=advance,
         )

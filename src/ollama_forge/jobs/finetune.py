@@ -29,7 +29,7 @@ from ollama_forge.jobs.finetune_setup import (
 from ollama_forge.jobs.landing import LandedModel, LandOptions, land_gguf, land_installed
 from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, modelfile_text, working
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, merge_and_land
-from ollama_forge.jobs.processes import is_first_process, wait_for_first_process
+from ollama_forge.jobs.processes import is_first_process, shares_blocks, wait_for_first_process
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.jobs.training_plan import TrainingPlan
 from ollama_forge.store.modelfile import Modelfile
@@ -94,9 +94,11 @@ def finetune(
     Raises:
         DatasetError, TemplateError: data that cannot be used.
         TrainingError: the base cannot be trained, or training did nothing.
+        UnsupportedError: processes that were started in a way that cannot work here.
         ExistsError: the name or the working folder is taken.
         MissingExtraError: torch and its friends are not installed.
     """
+    shares_blocks()
     if not options.dry_run:
         wait_for_first_process(request.folder / RUN_FILE)
     if is_first_process():
@@ -130,6 +132,7 @@ def _train_and_land(
         request.folder,
         base=_name_for_others(request, prepared),
         resume=request.resume,
+        is_shared=shares_blocks(),
         watch=watch,
     )
     if not is_first_process():

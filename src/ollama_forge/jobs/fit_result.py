@@ -151,6 +151,6 @@ def parse_limit(text: str) -> int:
     size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
     if size < 1:
         raise UsageError(
-            f"--fit {text!r} is not a size", why="A number with MB, GB or GiB is expected.", next="Example: --fit 6GB"
+            f"{text!r} is not a size", why="A number with MB, GB or GiB is expected.", next="Example: --fit 6GB"
         )
     return size

@@ -13,7 +13,7 @@ from ollama_forge.arch.families import find_family_by_gguf
 from ollama_forge.dataset.tokenize import TokenizedDataset
 from ollama_forge.gguf.reader import GGUFFile
 from ollama_forge.jobs.environment import available_memory_bytes, fit_light
-from ollama_forge.train.options import KEPT_ACTIVATION_BYTES, LoopOptions, LoraOptions, plan_steps
+from ollama_forge.train.options import ACTIVATION_ROOM_BYTES, LoopOptions, LoraOptions, plan_steps
 
 RUNTIME_BYTES = 650 << 20  # torch, transformers, peft and TRL once they are imported
 WORKSPACE_BYTES = 256 << 20  # dequantized pieces, and the logits of one chunk
@@ -144,11 +144,14 @@ def _count_lora(gguf: GGUFFile, lora: LoraOptions) -> int:
 
 
 def _activation_bytes(gguf: GGUFFile, n_positions: int, *, checkpointing: bool) -> int:
-    """With recomputation every block keeps its input, and one block at a time everything; without it, all blocks do."""
+    """With recomputation every block keeps its input, one at a time everything, and the last ones what fits beside it;
+    without it, all blocks keep everything."""
     blocks = int(gguf.arch_value("block_count", 1))
     kept = n_positions * int(gguf.arch_value("embedding_length", 0)) * _FLOAT_BYTES * blocks
     every = _block_bytes(gguf, n_positions)
-    return kept + (min(every * blocks, 2 * every + KEPT_ACTIVATION_BYTES) if checkpointing else every * blocks)
+    if not checkpointing:
+        return kept + every * blocks
+    return kept + min(every * blocks, 2 * every + max(0, ACTIVATION_ROOM_BYTES - kept - every))
 
 
 def _block_bytes(gguf: GGUFFile, n_positions: int) -> int:

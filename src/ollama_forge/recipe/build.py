@@ -31,7 +31,7 @@ from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.train.options import Watch
 
 _TRAINED = ("finetune", "abliterate", "downsize")
-_ROLES = {"finetune": "data", "abliterate": "prompts", "downsize": "data", "quantize": "imatrix"}
+_ROLES = {"finetune": "data", "abliterate": "prompts", "downsize": "data", "quantize": "imatrix", "fit": "data"}
 Say = Callable[[str], None]
 
 

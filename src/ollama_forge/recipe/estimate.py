@@ -13,11 +13,20 @@ from typing import Any
 
 from ollama_forge.files import require_free_space
 from ollama_forge.jobs.conversion import convert_options, open_folder, open_quantization, quantize_options
+from ollama_forge.jobs.fit_result import DEFAULT_PASSES, parse_limit
 from ollama_forge.jobs.landing import LandOptions
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.recipe.places import locate
 from ollama_forge.recipe.plan import BuildPlan
-from ollama_forge.recipe.schema import AbliterateStep, AdapterStep, DownsizeStep, FinetuneStep, MergeStep, QuantizeStep
+from ollama_forge.recipe.schema import (
+    AbliterateStep,
+    AdapterStep,
+    DownsizeStep,
+    FinetuneStep,
+    FitStep,
+    MergeStep,
+    QuantizeStep,
+)
 from ollama_forge.recipe.steps import current_model, in_recipe_words
 from ollama_forge.recipe.work import StepResult
 from ollama_forge.store.catalog import open_store
@@ -97,7 +106,7 @@ def estimate_build(plan: BuildPlan, options: LandOptions) -> BuildEstimate:
         elif number >= plan.first_to_do:
             with in_recipe_words(step.step):
                 estimate = _estimate_step(step.step, model, size_bytes, plan.recipe.folder)
-            is_weights = isinstance(step.step, (QuantizeStep, MergeStep)) or getattr(step.step, "merge", False)
+            is_weights = isinstance(step.step, (QuantizeStep, FitStep, MergeStep)) or getattr(step.step, "merge", False)
             size_bytes = estimate.disk_bytes or size_bytes if is_weights else size_bytes
             found.append(estimate)
     is_shared = plan.source.local is not None and plan.source.local.installed is not None and not plan.steps
@@ -115,6 +124,10 @@ def _estimate_step(step: Any, model: ResolvedModel | None, size_bytes: int, fold
     if isinstance(step, QuantizeStep):
         seconds = size_bytes / (QUANTIZED_BYTES_PER_SECOND_AND_CORE * cores)
         return StepEstimate("quantize", _quantized_bytes(step, model, folder), STREAMING_BYTES, seconds)
+    if isinstance(step, FitStep):
+        # Each run reads some 2,000 tokens, forward only: a third of what training on them costs.
+        seconds = training_seconds(size_bytes, (step.passes or DEFAULT_PASSES) * 2_000 / 3)
+        return StepEstimate("fit", min(size_bytes, parse_limit(step.size)), size_bytes + _TRAINING_BYTES, seconds)
     if isinstance(step, MergeStep):
         return StepEstimate("merge", size_bytes, STREAMING_BYTES, 2 * size_bytes / DISK_BYTES_PER_SECOND)
     if isinstance(step, FinetuneStep):

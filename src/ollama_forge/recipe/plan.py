@@ -35,6 +35,7 @@ _ENGINE = 1  # raise it when a step comes to mean something else
 _TRAINING = ("ollama-forge", "xllamacpp", "torch", "transformers", "peft", "trl")
 _PACKAGES = {
     "quantize": ("ollama-forge", "xllamacpp"),
+    "fit": ("ollama-forge", "xllamacpp", "torch", "transformers"),
     "merge": ("ollama-forge", "xllamacpp"),
     "adapter": ("ollama-forge",),
     "finetune": _TRAINING,

@@ -61,6 +61,12 @@ def _known_amounts(values: dict[str, str]) -> dict[str, str]:
     return values
 
 
+def _known_size(text: str) -> str:
+    from ollama_forge.jobs.fit_result import parse_limit
+
+    return _or_value_error(lambda: parse_limit(text), text)
+
+
 def _known_parameters(values: dict[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         for text in value if isinstance(value, list) else (value,):
@@ -142,6 +148,20 @@ class QuantizeStep(Part):
     output_tensor_type: TensorTypeName | None = None
     token_embedding_type: TensorTypeName | None = None
     pure: bool = False
+    allow_requantize: bool = False
+
+
+class FitStep(Part):
+    """Find the mix of types that loses least within a size; as `ollama-forge quantize --fit`."""
+
+    shorthand: ClassVar[str] = "size"
+    paths: ClassVar[tuple[str, ...]] = ("imatrix", "text")
+    kind: Literal["fit"] = "fit"
+    size: Annotated[str, AfterValidator(_known_size)]
+    context: Positive | None = None
+    text: str | None = None
+    passes: Positive | None = None
+    imatrix: str | None = None
     allow_requantize: bool = False
 
 
@@ -302,6 +322,7 @@ class CreateStep(Wishes):
 
 STEPS: dict[str, type[Part]] = {
     "quantize": QuantizeStep,
+    "fit": FitStep,
     "adapter": AdapterStep,
     "merge": MergeStep,
     "finetune": FinetuneStep,

@@ -23,8 +23,12 @@ from ollama_forge.jobs.adapters import prepare_adapter
 from ollama_forge.jobs.conversion import convert_folder, convert_options, quantize_file, quantize_options
 from ollama_forge.jobs.finetune import finetune
 from ollama_forge.jobs.finetune_setup import FinetuneRequest
+from ollama_forge.jobs.fit_result import DEFAULT_PASSES, FitRequest, parse_limit
+from ollama_forge.jobs.imatrix import read_text
 from ollama_forge.jobs.landing import LandOptions
+from ollama_forge.jobs.measure import built_in_text
 from ollama_forge.jobs.merging import MergedModel, MergeInput, MergeOptions, merge_model
+from ollama_forge.jobs.quantize_fit import fit_file
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.recipe.edit_steps import EditBench, Edited, abliterate, downsize
 from ollama_forge.recipe.inputs import AdapterInput
@@ -34,6 +38,7 @@ from ollama_forge.recipe.schema import (
     AdapterStep,
     DownsizeStep,
     FinetuneStep,
+    FitStep,
     MergeStep,
     Part,
     QuantizeStep,
@@ -42,6 +47,7 @@ from ollama_forge.recipe.work import StepResult
 from ollama_forge.train.options import IMPORTANCE_FILE, LoopOptions, LoraOptions, Watch
 
 MODEL_NAME = "model.gguf"
+_WHOLE_NAME = "whole.gguf"
 _OPTION = re.compile(r"--([a-z][a-z-]+)(?: (?=[A-Z])[A-Z]+)?")
 MERGED_NAME = "merged"
 
@@ -282,12 +288,43 @@ def _edit_bench(bench: Workbench) -> EditBench:
     return EditBench(model, _ref_of(model), lambda text: locate(bench.folder, text), options, bench.watch)
 
 
+def _fit(step: Any, bench: Workbench, output_dir: Path) -> StepResult:
+    assert isinstance(step, FitStep)
+    model, output = bench.model, output_dir / MODEL_NAME
+    imatrix = locate(bench.folder, step.imatrix) if step.imatrix else None
+    options = quantize_options("Q4_K_M", imatrix=imatrix, allow_requantize=step.allow_requantize)
+    request = FitRequest(
+        limit_bytes=parse_limit(step.size),
+        text=read_text(locate(bench.folder, step.text)) if step.text else built_in_text(),
+        context=step.context,
+        max_passes=step.passes or DEFAULT_PASSES,
+    )
+    whole = model.gguf_path
+    if whole is None:
+        assert model.folder is not None
+        whole = output_dir / _WHOLE_NAME
+        convert_folder(model.folder, whole, convert_options("auto", None), overwrite=True, progress=bench.progress)
+    fit = fit_file(whole, output, request, options, overwrite=True, progress=bench.progress)
+    if whole.parent == output_dir:
+        whole.unlink()
+    assert fit.written is not None
+    facts = {"bytes": fit.written.size_bytes, "chosen": fit.chosen, "kl": fit.kl, "context": fit.context}
+    return replace(
+        bench.state,
+        weights=output,
+        adapters=model.adapters if bench.state.weights is None else bench.state.adapters,
+        outputs={output.name: fit.written.sha256},
+        facts={**facts, "warnings": list(fit.warnings)},
+    )
+
+
 def _edited(bench: Workbench, done: Edited) -> StepResult:
     return replace(bench.state, weights=done.path, adapters=(), outputs={done.path.name: done.sha256}, facts=done.facts)
 
 
 _RUNNERS: Mapping[type[Part], Callable[[Any, Workbench, Path], StepResult]] = {
     QuantizeStep: _quantize,
+    FitStep: _fit,
     AdapterStep: _adapter,
     MergeStep: _merge,
     FinetuneStep: _finetune,

@@ -38,6 +38,7 @@ class PackedMatrix:
         rope_heads: 0, or the number of heads whose rows the GGUF holds in llama.cpp's rope order (pairs side by side);
             callers always see Hugging Face's order (halves one after the other).
         device: where the numbers are wanted; blocks that only ggml can read stay with the processor.
+        lender: who has the blocks while they are shared out over processes (`train.shared_blocks`).
     """
 
     blocks: torch.Tensor
@@ -45,6 +46,7 @@ class PackedMatrix:
     columns: int
     rope_heads: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    lender: Callable[[], torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
         expected = row_bytes(self.type, self.columns)
@@ -65,20 +67,22 @@ class PackedMatrix:
 
     def direct(self, dtype: torch.dtype) -> torch.Tensor | None:
         """The stored numbers themselves, [rows, columns], when they already have this dtype; else None."""
-        if (
-            _DIRECT.get(self.type) != dtype
-            or not self.blocks.is_contiguous()
-            or self.blocks.data_ptr() % dtype.itemsize
-        ):
+        if _DIRECT.get(self.type) != dtype:
             return None
-        return self.blocks.view(dtype)
+        blocks = self.read()
+        return blocks.view(dtype) if blocks.is_contiguous() and blocks.data_ptr() % dtype.itemsize == 0 else None
+
+    def read(self) -> torch.Tensor:
+        """The blocks, wherever they are: uint8 [rows, row_bytes]."""
+        return self.blocks if self.lender is None else self.lender()
 
     def moved(self, place: Callable[[torch.Tensor], torch.Tensor]) -> PackedMatrix:
         """The matrix after `place`, a function that may put a tensor on another device."""
         device = place(torch.empty(0, device=self.device)).device
         if device == self.device:
             return self
-        return replace(self, blocks=place(self.blocks) if self.type in UNPACKED_TYPES else self.blocks, device=device)
+        stays = self.lender is not None or self.type not in UNPACKED_TYPES
+        return replace(self, blocks=self.blocks if stays else place(self.blocks), device=device)
 
     def from_rope_order(self, values: torch.Tensor, dim: int) -> torch.Tensor:
         """Reorder dimension `dim` (of `rows` entries) from the file's row order to Hugging Face's."""
@@ -99,7 +103,7 @@ class PackedMatrix:
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """A fresh dequantized copy [rows, columns] in Hugging Face's row order."""
         values = torch.empty(self.rows, self.columns, dtype=dtype, device=self.device)
-        write_rows(self.blocks, self.type, values)
+        write_rows(self.read(), self.type, values)
         return self.from_rope_order(values, 0)
 
 
@@ -154,10 +158,10 @@ class Workspace:
         Each piece is valid until the next one is asked for. `like` gives device and dtype.
         """
         with self._lock:
-            yield self._pieces(matrix, like, reverse)
+            yield self._pieces(matrix, matrix.read(), like, reverse)
 
     def _pieces(
-        self, matrix: PackedMatrix, like: torch.Tensor, reverse: bool
+        self, matrix: PackedMatrix, blocks: torch.Tensor, like: torch.Tensor, reverse: bool
     ) -> Iterator[tuple[int, int, torch.Tensor]]:
         direct = matrix.direct(like.dtype) if matrix.device == like.device else None
         if direct is not None:
@@ -171,7 +175,7 @@ class Workspace:
         starts = range(0, matrix.rows, step)
         for start in reversed(starts) if reverse else starts:
             end = min(start + step, matrix.rows)
-            yield start, end, ring.rows(matrix, start, end)
+            yield start, end, ring.rows(matrix, blocks, start, end)
 
 
 class _Ring:
@@ -186,7 +190,7 @@ class _Ring:
         # insertion order is ring order: the first entry is the one that will be overwritten first
         self._entries: dict[tuple[int, int], tuple[PackedMatrix, int, int]] = {}
 
-    def rows(self, matrix: PackedMatrix, start: int, end: int) -> torch.Tensor:
+    def rows(self, matrix: PackedMatrix, blocks: torch.Tensor, start: int, end: int) -> torch.Tensor:
         key = (id(matrix), start)
         size = (end - start) * matrix.columns
         found = self._entries.get(key)
@@ -196,7 +200,7 @@ class _Ring:
             offset = found[1]
         values = self._flat[offset : offset + size].view(end - start, matrix.columns)
         if found is None:
-            write_rows(matrix.blocks[start:end], matrix.type, values)
+            write_rows(blocks[start:end], matrix.type, values)
             # the matrix is kept beside its numbers so that its id stays its own
             self._entries[key] = (matrix, offset, offset + size)
         return values

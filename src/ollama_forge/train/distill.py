@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import nn
 from transformers import (
     EarlyStoppingCallback,
@@ -33,7 +32,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from ollama_forge.dataset.tokenize import Tokenized
-from ollama_forge.errors import TrainingError, UnsupportedError
+from ollama_forge.errors import TrainingError
 from ollama_forge.train.distill_batches import IGNORED, answer_itself, batch_items, collate
 from ollama_forge.train.distill_loss import Targets, distill_scores
 from ollama_forge.train.distill_options import DistillLoss, DistillOptions, TrainedStudent
@@ -44,12 +43,12 @@ from ollama_forge.train.loop import GracefulInterrupt, Recorder, find_checkpoint
 from ollama_forge.train.loss import Head, install_chunked_loss, scales_logits
 from ollama_forge.train.options import LoopOptions, LoraOptions, LossPoint, Watch, plan_steps, settle
 from ollama_forge.train.recompute import spare_last_blocks
+from ollama_forge.train.shared_blocks import sharing_blocks
 from ollama_forge.train.teacher import Batch, Teacher, wanted_positions
 
 STUDENT_FILE = "student.gguf"
 ADAPTER_FOLDER = "adapter"
 _JUDGED_ROWS = 32
-_WHOLE_MODELS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,7 @@ def distil_student(
     base: str,
     end_ids: Sequence[int] = (),
     resume: bool = False,
+    is_shared: bool = False,
     watch: Watch | None = None,
 ) -> TrainedStudent:
     """Train, and prove that it did something.
@@ -85,6 +85,7 @@ def distil_student(
         base: what the adapter's config will name as its base.
         end_ids: tokens that end an answer, for the student's own ones.
         resume: go on from the last complete checkpoint in `folder`.
+        is_shared: the packed layers are shared out over the processes (`train.shared_blocks`).
 
     Raises:
         TrainingError: nothing was learnt, the loss is not a number, or there is nothing to train on.
@@ -97,27 +98,23 @@ def distil_student(
     set_seed(loop.seed)
     trained = _trainable(student, lora, options)
     install_distill_loss(student.model, options.loss)
-    spare_last_blocks(student.model)
+    if not is_shared:
+        spare_last_blocks(student.model)
     total_steps = plan_steps(len(rows.train), loop, int(os.environ.get("WORLD_SIZE", 1)))
     recorder = Recorder(watch, sum(len(row.input_ids) for row in rows.train) * loop.epochs)
-    trainer = DistillTrainer(
-        trained,
-        TrainingArguments(**loop_settings(loop, folder, total_steps, has_validation=bool(rows.validation))),
-        rows,
-        teacher,
-        options,
-        end_ids,
-        [recorder, *([EarlyStoppingCallback(loop.early_stop)] if loop.early_stop and rows.validation else [])],
-    )
-    numbered = list(enumerate(rows.all))
-    judged = (numbered[len(rows.train) :] or numbered)[:_JUDGED_ROWS]
-    before = judge(trained, teacher, judged)
-    checkpoint = find_checkpoint(folder) if resume else None
-    with GracefulInterrupt(recorder):
-        trainer.run(checkpoint, total_steps)
-    if recorder.is_interrupted:
-        raise interrupted(trainer.state.global_step, total_steps, folder)
-    after = judge(trained, teacher, judged)
+    settings = TrainingArguments(**loop_settings(loop, folder, total_steps, has_validation=bool(rows.validation)))
+    stop_early = [EarlyStoppingCallback(loop.early_stop)] if loop.early_stop and rows.validation else []
+    with sharing_blocks([student.model, *teacher.modules()] if is_shared else [], settings.device):
+        trainer = DistillTrainer(trained, settings, rows, teacher, options, end_ids, [recorder, *stop_early])
+        numbered = list(enumerate(rows.all))
+        judged = (numbered[len(rows.train) :] or numbered)[:_JUDGED_ROWS]
+        before = judge(trained, teacher, judged)
+        checkpoint = find_checkpoint(folder) if resume else None
+        with GracefulInterrupt(recorder):
+            trainer.run(checkpoint, total_steps)
+        if recorder.is_interrupted:
+            raise interrupted(trainer.state.global_step, total_steps, folder)
+        after = judge(trained, teacher, judged)
     warnings = _prove_learning(trained, before, after, options)
     if trainer.is_world_process_zero():
         _write_result(student, trained, folder, base, options)
@@ -239,13 +236,6 @@ class DistillTrainer(Trainer):
             data_collator=collate,
             callbacks=callbacks,
         )
-        if self.accelerator.distributed_type not in _WHOLE_MODELS:
-            raise UnsupportedError(
-                f"{self.accelerator.distributed_type.value} would cut the student's weights into shards",
-                why="Packed blocks cannot be cut, and what was learnt is written back from whole weights.",
-                next="Start it with: accelerate launch --multi_gpu --num_processes N; use LoRA and --cache where "
-                "memory is short.",
-            )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True
         self._teacher = teacher

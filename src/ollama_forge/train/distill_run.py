@@ -57,6 +57,7 @@ def run_distillation(
     base: str,
     end_ids: Sequence[int] = (),
     resume: bool = False,
+    is_shared: bool = False,
     watch: Watch | None = None,
     on_asked: Callable[[int], None] | None = None,
 ) -> TrainedStudent:
@@ -84,6 +85,7 @@ def run_distillation(
             base=base,
             end_ids=end_ids,
             resume=resume,
+            is_shared=is_shared,
             watch=watch,
         )
         if trained.adapter is not None:

@@ -41,6 +41,7 @@ from ollama_forge.train.options import (
     settle,
 )
 from ollama_forge.train.recompute import spare_last_blocks
+from ollama_forge.train.shared_blocks import sharing_blocks
 
 _BASE_LOSS_EXAMPLES = 32
 _ROUTER_NAMES = ("router", "gate")
@@ -57,6 +58,7 @@ def train_adapter(
     *,
     base: str,
     resume: bool = False,
+    is_shared: bool = False,
     watch: Watch | None = None,
 ) -> tuple[PeftModel, TrainedAdapter]:
     """Train, and prove that it did something.
@@ -66,6 +68,7 @@ def train_adapter(
         folder: for checkpoints and the result (`folder / "adapter"`).
         base: what the adapter's config will name as its base.
         resume: go on from the last complete checkpoint in `folder`.
+        is_shared: the packed layers are shared out over the processes (`train.shared_blocks`).
 
     Raises:
         TrainingError: nothing was learnt, the loss is not a number, or there is nothing to train on.
@@ -77,31 +80,34 @@ def train_adapter(
     set_seed(loop.seed)
     install_chunked_loss(model)
     judged = list(validation or train)[:_BASE_LOSS_EXAMPLES]
-    base_loss = mean_loss(model, judged)
     adapted = add_adapter(model, lora)
-    spare_last_blocks(model)
+    if not is_shared:
+        spare_last_blocks(model)
     total_steps = plan_steps(len(train), loop, int(os.environ.get("WORLD_SIZE", "1")))
     recorder = Recorder(watch, sum(len(row.input_ids) for row in train) * loop.epochs)
-    trainer = SFTTrainer(
-        model=adapted,
-        args=SFTConfig(
-            **loop_settings(loop, folder, total_steps, has_validation=bool(validation)),
-            max_length=None,
-            dataset_kwargs={"skip_prepare_dataset": True},
-        ),
-        train_dataset=_as_dataset(train),
-        eval_dataset=_as_dataset(validation) if validation else None,
-        processing_class=tokenizer,
-        callbacks=[recorder, *([EarlyStoppingCallback(loop.early_stop)] if loop.early_stop and validation else [])],
+    settings = SFTConfig(
+        **loop_settings(loop, folder, total_steps, has_validation=bool(validation)),
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
     )
-    trainer.remove_callback(PrinterCallback)
-    install_chunked_loss(model)
-    checkpoint = find_checkpoint(folder) if resume else None
-    with GracefulInterrupt(recorder):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if recorder.is_interrupted:
-        raise interrupted(trainer.state.global_step, total_steps, folder)
-    final_loss = mean_loss(adapted, judged)
+    with sharing_blocks([model] if is_shared else [], settings.device):
+        trainer = SFTTrainer(
+            model=adapted,
+            args=settings,
+            train_dataset=_as_dataset(train),
+            eval_dataset=_as_dataset(validation) if validation else None,
+            processing_class=tokenizer,
+            callbacks=[recorder, *([EarlyStoppingCallback(loop.early_stop)] if loop.early_stop and validation else [])],
+        )
+        trainer.remove_callback(PrinterCallback)
+        install_chunked_loss(model)
+        base_loss = mean_loss(adapted, judged)  # B is zero still
+        checkpoint = find_checkpoint(folder) if resume else None
+        with GracefulInterrupt(recorder):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if recorder.is_interrupted:
+            raise interrupted(trainer.state.global_step, total_steps, folder)
+        final_loss = mean_loss(adapted, judged)
     warnings = _prove_learning(adapted, base_loss, final_loss)
     result = folder / "adapter"
     if trainer.is_world_process_zero():

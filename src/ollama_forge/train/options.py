@@ -11,8 +11,9 @@ IMPORTANCE_FILE = "imatrix.gguf"
 """Name of the importance matrix that a run leaves in its folder."""
 
 
-KEPT_ACTIVATION_BYTES = 160 << 20
-"""Room for the activations of the last blocks, which are not computed a second time (`train.recompute`)."""
+ACTIVATION_ROOM_BYTES = 350_000_000
+"""Room for activations: the inputs of all blocks, one block at work, and in the rest those of the last blocks, which
+are not computed a second time (`train.recompute`)."""
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def _row_slice(
     weight: PackedWeight, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Any:
     first, last, _ = slice(start, end).indices(weight.matrix.rows)
-    return replace(weight.matrix, blocks=weight.matrix.blocks[first:last]).dequantized()
+    return replace(weight.matrix, blocks=weight.matrix.read()[first:last], lender=None).dequantized()
 
 
 class PackedLinear(nn.Linear):

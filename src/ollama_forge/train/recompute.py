@@ -1,7 +1,8 @@
 """Which blocks of a model compute their activations a second time in backward: all but the last few.
 
 Recomputing saves memory and costs a third of a step. The last blocks keep their activations, as many of them as fit
-into a fixed room: short batches take few bytes for each block, so more of them are spared. What is learnt is the same
+into a fixed room beside the inputs of all blocks and the one block that is at work: short batches take few bytes of
+each, so more blocks are spared. What is learnt is the same
 to the bit, and how many are spared depends on the batch alone, so a seed gives the same bytes on every machine.
 Source: Chen et al. 2016, "Training deep nets with sublinear memory cost" (arXiv 1604.06174), section 4.
 """
@@ -15,17 +16,17 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ollama_forge.train.options import KEPT_ACTIVATION_BYTES
+from ollama_forge.train.options import ACTIVATION_ROOM_BYTES
 
 _FLOAT_BYTES = 4
 
 
-def spare_last_blocks(model: PreTrainedModel, kept_bytes: int = KEPT_ACTIVATION_BYTES) -> RemovableHandle | None:
+def spare_last_blocks(model: PreTrainedModel, room_bytes: int = ACTIVATION_ROOM_BYTES) -> RemovableHandle | None:
     """From now on each training pass chooses, by its number of tokens, the blocks that keep their activations.
 
     Args:
         model: transformers', with gradient checkpointing on or to be switched on later; without it nothing changes.
-        kept_bytes: room for the activations of all spared blocks together.
+        room_bytes: for all activations of the blocks together.
 
     Returns:
         What takes the choice off again; None when the model's blocks cannot recompute.
@@ -34,13 +35,15 @@ def spare_last_blocks(model: PreTrainedModel, kept_bytes: int = KEPT_ACTIVATION_
     blocks = [module for module in stack.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
         return None
-    token_bytes = [_token_bytes(block, model.config.get_text_config().hidden_size) for block in blocks]
+    width = model.config.get_text_config().hidden_size
+    token_bytes = [_token_bytes(block, width) for block in blocks]
+    needed_bytes = _FLOAT_BYTES * width * len(blocks) + max(token_bytes)
 
     def choose(_stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not stack.training or not getattr(stack, "gradient_checkpointing", False):
             return None
         n_tokens = _count_tokens(args, kwargs)
-        left = kept_bytes
+        left = room_bytes - n_tokens * needed_bytes
         for block, per_token in zip(reversed(blocks), reversed(token_bytes), strict=True):
             left -= n_tokens * per_token
             block.gradient_checkpointing = left < 0

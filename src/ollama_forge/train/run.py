@@ -39,6 +39,7 @@ def run_training(
     *,
     base: str,
     resume: bool = False,
+    is_shared: bool = False,
     watch: Watch | None = None,
 ) -> TrainedAdapter:
     """Train LoRA matrices on the packed blocks of a GGUF; see `finetune.train_adapter`.
@@ -62,6 +63,7 @@ def run_training(
             folder,
             base=base,
             resume=resume,
+            is_shared=is_shared,
             watch=watch,
         )
         if PartialState().is_main_process:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from ollama_forge.dataset.align import AlignedRow
 from ollama_forge.errors import TrainingError
@@ -32,6 +33,10 @@ class Teacher(Protocol):
 
     def to(self, device: torch.device) -> None:
         """Be where the student is."""
+        ...
+
+    def modules(self) -> list[nn.Module]:
+        """The models that answer while the student learns."""
         ...
 
 
@@ -58,6 +63,9 @@ class PackedTeacher:
 
     def to(self, device: torch.device) -> None:
         self.packed.model.to(device)  # type: ignore[arg-type]
+
+    def modules(self) -> list[nn.Module]:
+        return [self.packed.model]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +94,9 @@ class AlignedTeacher:
 
     def to(self, device: torch.device) -> None:
         self.teacher.to(device)
+
+    def modules(self) -> list[nn.Module]:
+        return self.teacher.modules()
 
 
 def packed_teacher(packed: PackedModel) -> PackedTeacher:

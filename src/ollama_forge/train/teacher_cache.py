@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save
+from torch import nn
 
 from ollama_forge.dataset.tokenize import Tokenized
 from ollama_forge.errors import TrainingError
@@ -98,6 +99,10 @@ class CachedTeacher:
 
     def to(self, device: torch.device) -> None:
         self.device = device
+
+    def modules(self) -> list[nn.Module]:
+        """None: it is read from the disk."""
+        return []
 
     def _read(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         if not 0 <= row < self.facts.n_rows:

@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from ollama_forge.errors import UnsupportedError
 from ollama_forge.gguf.native import dequantize
 from ollama_forge.gguf.types import GGMLType, row_bytes
-from ollama_forge.transform.columns import count_matrices, iter_columns
 from ollama_forge.transform.directions import Floats
-from ollama_forge.transform.edits import OutputEdit, TensorEdit
+from ollama_forge.transform.edits import OutputEdit, OutputShift, TensorEdit
+from ollama_forge.transform.outputs import StoredRows, count_matrices
 from ollama_forge.transform.projection import Part, Projection
 from ollama_forge.transform.steering import squares
-from ollama_forge.transform.thin import along_columns, along_rows, spread_columns, spread_rows
+from ollama_forge.transform.thin import along_rows, spread_columns, spread_rows
 from ollama_forge.weights.checkpoint import Checkpoint
 from ollama_forge.weights.decode import SAME_BYTES
 
@@ -113,11 +113,11 @@ def _edit_of(stored: StoredMatrix, item: Projection, norm_preserving: bool) -> T
 
     if item.axis == -2:
 
-        def open_columns() -> _ColumnProjection:
+        def open_outputs() -> _OutputProjection:
             scales = _row_scales(stored, basis, strength) if norm_preserving else None
-            return _ColumnProjection(basis, strength, scales)
+            return _OutputProjection(basis, strength, scales)
 
-        return OutputEdit(stored.name, open_columns, directions)
+        return OutputEdit(stored.name, open_outputs, directions)
 
     def open_rows() -> _RowProjection:
         is_matrix = len(stored.shape) > 1
@@ -128,24 +128,34 @@ def _edit_of(stored: StoredMatrix, item: Projection, norm_preserving: bool) -> T
     return TensorEdit(stored.name, open_rows, directions, is_precise=True)
 
 
-class _ColumnProjection:
-    """W - s B^T (B W), for columns of W; with `scales` [matrices, rows] the rows keep their norm."""
+class _OutputProjection:
+    """S (W - s B^T (B W)), and B once more taken out of that; S = diag(scales) keeps the norm of rows, or is left out.
+
+    Args:
+        scales: [matrices, rows].
+    """
 
     def __init__(self, basis: Floats, strength: np.float32, scales: Floats | None) -> None:
         self._basis = basis
         self._strength = strength
         self._scales = scales
 
-    def __call__(self, matrix: int, first: int, columns: Floats) -> Floats:
-        along = along_columns(self._basis, columns)
-        part = spread_columns(self._basis, self._strength * along)
-        result: Floats = np.subtract(columns, part, out=part)
+    def probes(self, matrix: int) -> Floats:
+        """B, and with scales B S."""
         if self._scales is None:
-            return result
-        result *= self._scales[matrix][:, None]
-        excess = along_columns(self._basis, result) - (1 - self._strength) * along
-        result -= spread_columns(self._basis, excess)
-        return result
+            return self._basis
+        return np.concatenate([self._basis, self._basis * self._scales[matrix]])
+
+    def settle(self, matrix: int, sums: Floats) -> OutputShift:
+        """What to add along B, and with scales along B S, too."""
+        basis, count = self._basis, len(self._basis)
+        along = self._strength * sums[:count]
+        if self._scales is None:
+            return OutputShift(basis, -along, seen=sums)
+        scales = self._scales[matrix]
+        scaled = basis * scales
+        excess = sums[count:] - np.einsum("kr,lr->kl", scaled, basis) @ along - (1 - self._strength) * sums[:count]
+        return OutputShift(np.concatenate([scaled, basis]), -np.concatenate([along, excess]), scales)
 
 
 class _RowProjection:
@@ -173,14 +183,17 @@ class _RowProjection:
 
 def _row_scales(stored: StoredMatrix, basis: Floats, strength: np.float32) -> Floats:
     """What each row must be multiplied with after the projection to have its norm again: [matrices, rows]."""
-    change = _ColumnProjection(basis, strength, None)
+    change = _OutputProjection(basis, strength, None)
     n_matrices, n_rows = count_matrices(stored.shape), stored.shape[-2]
     before, after = np.zeros((n_matrices, n_rows)), np.zeros((n_matrices, n_rows))
     view = stored.read()
     for matrix in range(n_matrices):
-        for first, columns in iter_columns(view, stored.type, stored.shape, matrix):
-            before[matrix] += squares(columns)
-            after[matrix] += squares(change(matrix, first, columns))
+        rows = StoredRows.of(view, stored.type, stored.shape, matrix)
+        along = change.settle(matrix, rows.sum_along(basis)).along
+        for tile in rows.tiles(range(n_rows)):
+            values = rows.decode(tile)
+            before[matrix, tile] = squares(values)
+            after[matrix, tile] = squares(values + spread_columns(basis[:, tile], along))
     return _ratio(before, after)
 
 

@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from ollama_forge.errors import GGUFError, NotFoundError, UnsupportedError
+from ollama_forge.errors import NotFoundError, UnsupportedError
 from ollama_forge.gguf.imatrix import Imatrix
 from ollama_forge.gguf.native import IMATRIX_TYPES, can_dequantize, can_quantize, dequantize, quantize
 from ollama_forge.gguf.quantize import find_importance
 from ollama_forge.gguf.reader import GGUFFile, GGUFTensor
-from ollama_forge.gguf.types import GGMLType, row_bytes
+from ollama_forge.gguf.types import row_bytes
 from ollama_forge.gguf.writer import Field, TensorEntry, copy_entry, plan_layout
-from ollama_forge.transform.columns import edit_outputs
 from ollama_forge.transform.edits import (
     Floats,
     LossMeter,
@@ -28,9 +27,10 @@ from ollama_forge.transform.edits import (
     RowChange,
     TensorEdit,
     TensorLoss,
-    require_finite,
+    require_storable,
 )
 from ollama_forge.transform.origin import edited_fields
+from ollama_forge.transform.outputs import edit_outputs
 from ollama_forge.transform.steering import store_rows
 
 # Rounds of steered rounding at most, how far each goes, the error in the change's directions at which a row is done (a
@@ -41,7 +41,6 @@ FEEDBACK_GOAL = 0.05
 FEEDBACK_LIMIT = 2.0
 PIECE_ELEMENTS = 1 << 20
 _SPLIT_KEYS = frozenset({"split.no", "split.count", "split.tensors.count"})
-_LARGEST_F16 = 65504.0
 
 
 @dataclass(frozen=True)
@@ -194,15 +193,18 @@ class _Job:
         self.report(meter.result())
 
     def _encode(self, change: RowChange, first: int, before: Floats, weights: Floats | None, meter: LossMeter) -> Any:
-        tensor = self.tensor
-        wanted = np.ascontiguousarray(change(first, before), dtype=np.float32)
-        require_finite(wanted, tensor.name)
-        if tensor.type is GGMLType.F16 and float(np.abs(wanted).max(initial=0.0)) > _LARGEST_F16:
-            raise GGUFError(
-                f"{tensor.name!r} would hold a weight beyond {_LARGEST_F16:g}, the largest that F16 has",
-                why="The change is far too strong, or the adapter belongs to another base.",
-                next="Check the adapter: ollama-forge adapters check ADAPTER --base REF",
-            )
+        tensor, basis = self.tensor, self._basis
+
+        def changed(rows: slice, part: Floats) -> Floats:
+            wanted = np.ascontiguousarray(change(first + rows.start, part), dtype=np.float32)
+            require_storable(wanted, tensor.type, tensor.name)
+            return wanted
+
+        if basis is not None and self.edit.is_precise:
+            return store_rows(
+                before, changed, tensor.type, basis, weights, report=meter.add_parts, n_threads=self.n_threads
+            ).reshape(-1)
+        wanted = changed(slice(0, len(before)), before)
         encoded, stored = self._nearest(wanted, before, weights)
         meter.add(before, wanted, stored)
         return encoded.reshape(-1)
@@ -215,8 +217,6 @@ class _Job:
         and again: each weight still is one of its two neighbours or so, but their sum along these directions is kept.
         """
         basis = self._basis
-        if basis is not None and self.edit.is_precise:
-            return store_rows(wanted, before, self.tensor.type, basis, weights, self.n_threads)
         encoded, stored = self._stored(wanted, weights)
         if basis is None:
             return encoded, stored

@@ -10,21 +10,51 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ollama_forge.errors import GGUFError
+from ollama_forge.gguf.types import GGMLType
 
 Floats = NDArray[np.float32]
+
+_LARGEST_F16 = 65504.0
+_DOT_ELEMENTS = 4096
 
 RowChange = Callable[[int, Floats], Floats]
 """`change(first, rows)`: the new numbers of rows `first`, `first + 1`, ... Rows are counted through all leading axes; a
 vector is one row. It may not keep or change what it is given."""
 
-ColumnChange = Callable[[int, int, Floats], Floats]
-"""`change(matrix, first, columns)`: the new numbers of columns `first`, `first + 1`, ... with all their rows. Matrices
-of a stack are counted from 0. It may not keep or change what it is given."""
+
+@dataclass(frozen=True, eq=False)
+class OutputShift:
+    """What becomes of a matrix W: S W + B^T Y.
+
+    Attributes:
+        basis: B, [m, rows].
+        along: Y, [m, columns].
+        scales: the diagonal of S, [rows]; None: one.
+        seen: B W, [m, columns], where it is known, S is one, and B is the edit's `outputs`; it spares summing again.
+    """
+
+    basis: Floats
+    along: Floats
+    scales: Floats | None = None
+    seen: Floats | None = None
+
+
+class OutputChange(Protocol):
+    """A change that mixes the rows of a matrix: it has to know sums over all of them before it can say what it is."""
+
+    def probes(self, matrix: int) -> Floats:
+        """What the rows are multiplied with for these sums, [p, rows]; matrices of a stack are counted from 0."""
+        ...
+
+    def settle(self, matrix: int, sums: Floats) -> OutputShift:
+        """The change, now that the probes times the matrix are known: [p, columns]."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +83,12 @@ class OutputEdit:
     Attributes:
         name: as its file spells it.
         open: called when the tensor's turn comes; what it loads is given back when the tensor is done.
-        outputs: the directions [k, rows] of the output in which the change acts, where there are few of them; storing
-            the tensor then keeps what it gives in these directions (see `columns`).
+        outputs: orthonormal directions [k, rows] of the output in which the change acts, where there are few of them;
+            storing the tensor then keeps what it gives in these directions (see `outputs`).
     """
 
     name: str
-    open: Callable[[], ColumnChange] = field(repr=False)
+    open: Callable[[], OutputChange] = field(repr=False)
     outputs: Callable[[], Floats] | None = field(default=None, repr=False)
 
 
@@ -101,18 +131,34 @@ class LossMeter:
 
     def add(self, before: Floats, wanted: Floats, stored: Floats) -> None:
         """Take rows into account."""
-        change = wanted - before
-        error = stored - wanted
-        changed = _dot(change, change)
-        # stored - before is change + error
-        kept = changed + _dot(error, change)
-        sums = _dot(before, before), _dot(wanted, wanted), _dot(error, error)
+        self.add_parts(before, wanted - before, wanted - stored)
+
+    def add_parts(self, before: Floats, change: Floats, missing: Floats) -> None:
+        """The same: of rows the change that was wanted, and what is missing of it (wanted - stored)."""
+        self.add_products(
+            before=dot(before, before),
+            change=dot(change, change),
+            missing=dot(missing, missing),
+            before_change=dot(before, change),
+            missing_change=dot(missing, change),
+        )
+
+    def add_products(
+        self,
+        *,
+        before: float = 0.0,
+        change: float = 0.0,
+        missing: float = 0.0,
+        before_change: float = 0.0,
+        missing_change: float = 0.0,
+    ) -> None:
+        """The same from the inner products: each with itself, and of two."""
         with self._adding:
-            self._change += changed
-            self._kept += kept
-            self._before += sums[0]
-            self._wanted += sums[1]
-            self._error += sums[2]
+            self._before += before
+            self._change += change
+            self._error += missing
+            self._wanted += before + 2 * before_change + change
+            self._kept += change - missing_change  # stored - before is change - missing
 
     def result(self) -> TensorLoss:
         """The measure of all rows so far."""
@@ -125,20 +171,32 @@ class LossMeter:
         )
 
 
-def require_finite(rows: Floats, name: str) -> None:
-    """Refuse a result that is no number.
+def require_storable(rows: Floats, type: GGMLType, name: str) -> None:
+    """Refuse a result that is no number, or beyond what its type has.
 
     Raises:
         GGUFError: with the tensor's name.
     """
-    if not np.isfinite(rows).all():
+    # a sum is finite unless a term is not, or it overflows: only then each of them is looked at
+    with np.errstate(all="ignore"):
+        is_finite = math.isfinite(float(rows.sum(dtype=np.float32)))
+    if not (is_finite or np.isfinite(rows).all()):
         raise GGUFError(
             f"{name!r} would hold a number that is not finite (NaN or infinity) after the edit",
             why="The base or the change is damaged, or the change is far too strong.",
-            next="Check the adapter, and the weight it is merged with.",
+            next="Check the adapter or the directions, and use a smaller weight or strength.",
+        )
+    if type is GGMLType.F16 and float(np.abs(rows).max(initial=0.0)) > _LARGEST_F16:
+        raise GGUFError(
+            f"{name!r} would hold a weight beyond {_LARGEST_F16:g}, the largest that F16 has",
+            why="The change is far too strong, or the adapter belongs to another base.",
+            next="Use a smaller strength, or check the adapter: ollama-forge adapters check ADAPTER --base REF",
         )
 
 
-def _dot(a: Floats, b: Floats) -> float:
-    # float32 is enough for a row; the sum of all rows is kept in float64.
-    return float(np.einsum("ij,ij->i", a, b).sum(dtype=np.float64))
+def dot(a: Floats, b: Floats) -> float:
+    """The inner product of all numbers: of pieces by BLAS, too short for its own threads, and their sum in float64."""
+    one, other = a.reshape(-1), b.reshape(-1)
+    end = one.size - one.size % _DOT_ELEMENTS
+    pieces = one[:end].reshape(-1, 1, _DOT_ELEMENTS) @ other[:end].reshape(-1, _DOT_ELEMENTS, 1)
+    return float(pieces.sum(dtype=np.float64)) + float(one[end:] @ other[end:])

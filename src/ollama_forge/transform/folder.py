@@ -29,8 +29,8 @@ from ollama_forge.files import (
 )
 from ollama_forge.gguf.native import quantize
 from ollama_forge.gguf.types import GGMLType
-from ollama_forge.transform.columns import edit_outputs
-from ollama_forge.transform.edits import LossMeter, OutputEdit, TensorEdit, TensorLoss, require_finite
+from ollama_forge.transform.edits import Floats, LossMeter, OutputEdit, TensorEdit, TensorLoss, require_storable
+from ollama_forge.transform.outputs import edit_outputs
 from ollama_forge.transform.steering import store_rows
 from ollama_forge.weights.checkpoint import Checkpoint
 from ollama_forge.weights.decode import SAME_BYTES, decode
@@ -216,14 +216,18 @@ def _edited(
         n_rows = min(at_once, total - first)
         raw = view[first * stride : (first + n_rows) * stride]
         before = np.array(decode(raw, tensor.dtype), np.float32).reshape(n_rows, n_columns)
-        after = np.ascontiguousarray(change(first, before), dtype=np.float32)
-        require_finite(after, tensor.name)
+
+        def changed(rows: slice, part: Floats, first: int = first) -> Floats:
+            after = np.ascontiguousarray(change(first + rows.start, part), dtype=np.float32)
+            require_storable(after, encoding, tensor.name)
+            return after
+
         if edit.is_precise and edit.inputs is not None and len(tensor.shape) > 1:
-            encoded, stored = store_rows(after, before, encoding, edit.inputs())
-        else:
-            encoded = quantize(after, encoding)
-            stored = np.array(decode(memoryview(encoded.tobytes()), tensor.dtype), np.float32).reshape(before.shape)
-        require_finite(stored, tensor.name)
+            yield store_rows(before, changed, encoding, edit.inputs(), report=meter.add_parts).reshape(-1)
+            continue
+        after = changed(slice(0, n_rows), before)
+        encoded = quantize(after, encoding)
+        stored = np.array(decode(memoryview(encoded.tobytes()), tensor.dtype), np.float32).reshape(before.shape)
         meter.add(before, after, stored)
         yield encoded.reshape(-1)
     view.release()

@@ -1,7 +1,7 @@
 """Rounding that keeps what a few directions see of a matrix, for changes that plain rounding would take back.
 
 In: rows as they should be, and orthonormal directions of their input. Out: the rows in their type, each weight one of
-its neighbours there or so, chosen such that the rows' sums along the directions come out right. `columns` does the same
+its neighbours there or so, chosen such that the rows' sums along the directions come out right. `outputs` does the same
 for directions of the output. Both search the smallest push along the directions that gets there: a weight moves not at
 all until it moves a whole step.
 """
@@ -24,8 +24,8 @@ from ollama_forge.transform.thin import along_rows, spread_rows
 # Rounds at most, and the error along the directions at which it is done, as a share of the change there.
 PACKED_ROUNDS, PACKED_GOAL = 8, 0.03
 FLOAT_ROUNDS, FLOAT_GOAL = 6, 3e-4
-SLAB_ELEMENTS = 1 << 20
-"""Numbers that are worked on together by one thread."""
+TILE_ELEMENTS = 1 << 19
+"""Numbers that one thread works on together: so many that Python's own share of the time is small."""
 _ROOM_BYTES, _BYTES_PER_ELEMENT = 200 << 20, 40  # all threads together; the arrays that one of them makes on its way
 # How much error the steering may add: so many times that of plain rounding, and so much of one rounding of its own.
 _LIMIT, _ROOM = 2.0, 0.5
@@ -33,33 +33,44 @@ _LEAST, _MOST = 0.2, 2.0
 
 
 def store_rows(
-    wanted: Floats,
     before: Floats,
+    change: Callable[[slice, Floats], Floats],
     type: GGMLType,
     basis: Floats,
     weights: Floats | None = None,
+    *,
+    report: Callable[[Floats, Floats, Floats], None] | None = None,
     n_threads: int | None = None,
-) -> tuple[Any, Floats]:
-    """(encoded, what it decodes to), with `wanted @ basis.T` kept as far as the type can.
+) -> NDArray[np.uint8]:
+    """The changed rows, encoded, with their sums along `basis` kept as far as the type can.
 
     Args:
-        wanted, before: float32 [rows, columns].
+        before: float32 [rows, columns].
+        change: what some of the rows, which it is given, shall become; several threads call it.
         basis: orthonormal [k, columns].
         weights: the importance of the columns.
+        report: told of some rows what they were, how they change, and what is missing of that when they are stored; by
+            several threads.
+
+    Raises:
+        GGUFError: what `change` raises, or a weight that the type cannot hold.
     """
-    n_rows, n_columns = wanted.shape
+    n_rows, n_columns = before.shape
     encoded = np.empty((n_rows, row_bytes(type, n_columns)), np.uint8)
-    stored = np.empty_like(wanted)
-    rounding = _RowRounding(type, *_strongest_columns(basis, type), basis, weights)
+    rounding = _RowRounding.of(type, basis, weights)
 
     def work(rows: range) -> None:
         part = slice(rows.start, rows.stop)
-        encoded[part], stored[part] = rounding.store(wanted[part], before[part])
+        wanted = change(part, before[part])
+        difference = wanted - before[part]
+        encoded[part], missing = rounding.store(wanted, difference)
+        if report is not None:
+            report(before[part], difference, missing)
 
-    at_once = max(1, SLAB_ELEMENTS // max(1, n_columns))
+    at_once = max(1, TILE_ELEMENTS // max(1, n_columns))
     slabs = [range(i, min(i + at_once, n_rows)) for i in range(0, n_rows, at_once)]
     run_slabs(work, slabs, at_once * n_columns, n_threads)
-    return encoded, stored
+    return encoded
 
 
 def run_slabs(work: Callable[[range], None], slabs: Sequence[range], slab_elements: int, n_threads: int | None) -> None:
@@ -98,39 +109,46 @@ class _RowRounding:
     blocks: slice | NDArray[np.intp]
     columns: slice | NDArray[np.intp]
     basis: Floats
+    lever: Floats
+    inverse: Floats
     weights: Floats | None
 
-    def store(self, wanted: Floats, before: Floats) -> tuple[Any, Floats]:
-        encoded, stored = self._encode(wanted, self.weights)
-        if self.type is GGMLType.F32:
-            return encoded, stored
-        push = self._find_push(wanted, before, stored)
+    @staticmethod
+    def of(type: GGMLType, basis: Floats, weights: Floats | None) -> _RowRounding:
+        """The columns that move the sums along the basis most, and their part of it."""
+        blocks, columns = _strongest_columns(basis, type)
+        lever = np.ascontiguousarray(basis[:, columns])
+        return _RowRounding(type, blocks, columns, basis, lever, np.linalg.pinv(lever @ lever.T), weights)
+
+    def store(self, wanted: Floats, change: Floats) -> tuple[NDArray[np.uint8], Floats]:
+        """(encoded, what is missing of `wanted` then)."""
+        encoded, missing = self._encode(wanted, self.weights)
+        np.subtract(wanted, missing, out=missing)
+        push = None if self.type is GGMLType.F32 else self._find_push(wanted, change, missing)
         if push is not None:
-            lever = np.ascontiguousarray(self.basis[:, self.columns])
             weights = None if self.weights is None else np.ascontiguousarray(self.weights[self.columns])
-            part, decoded = self._encode(wanted[:, self.columns] + spread_rows(push, lever), weights)
+            target = wanted[:, self.columns]
+            part, decoded = self._encode(target + spread_rows(push, self.lever), weights)
             size = block_bytes(self.type)
             encoded.reshape(len(encoded), -1, size)[:, self.blocks] = part.reshape(len(part), -1, size)
-            stored[:, self.columns] = decoded
-        return encoded, stored
+            missing[:, self.columns] = target - decoded
+        return encoded, missing
 
-    def _find_push(self, wanted: Floats, before: Floats, stored: Floats) -> Floats | None:
+    def _find_push(self, wanted: Floats, change: Floats, missing: Floats) -> Floats | None:
         """What to add along the directions [rows, k] before rounding, so that they come out right after it."""
         packed = is_quantized(self.type)
-        aim = along_rows(wanted, self.basis)
-        error: NDArray[Any] = aim - along_rows(stored, self.basis)
-        goal = (PACKED_GOAL if packed else FLOAT_GOAL) ** 2 * squares(aim - along_rows(before, self.basis))
+        error = along_rows(missing, self.basis)
+        goal = (PACKED_GOAL if packed else FLOAT_GOAL) ** 2 * squares(along_rows(change, self.basis))
         smallest = squares(error)
         if not (smallest > goal).any():
             return None
-        lever = np.ascontiguousarray(self.basis[:, self.columns])
-        inverse = np.linalg.pinv(lever @ lever.T)
+        lever, inverse = self.lever, self.inverse
         target = np.ascontiguousarray(wanted[:, self.columns])
-        difference = target - stored[:, self.columns]
+        difference = missing[:, self.columns]
         others = error - along_rows(difference, lever)
         spent = most = np.zeros_like(smallest)
         if packed:
-            plain = squares(wanted - stored)
+            plain = squares(missing)
             spent = plain - squares(difference)
             most = most_error(squares(wanted), plain, self.type)
         weights = None if self.weights is None else np.ascontiguousarray(self.weights[self.columns])

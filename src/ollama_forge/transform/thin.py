@@ -24,11 +24,12 @@ def along_rows(rows: Array, basis: Array) -> Array:
     return np.einsum("nw,kw->nk", rows, basis)
 
 
-def spread_columns(basis: Array, along: Array) -> Array:
-    """basis.T @ along: [width, n]."""
+def spread_columns(basis: Array, along: Array, out: Array | None = None) -> Array:
+    """basis.T @ along: [width, n]; written into `out` where there is one."""
     if len(basis) == 1:
-        return basis.T * along
-    return np.einsum("kw,kn->wn", basis, along)
+        return np.multiply(basis.T, along, out=out)
+    result: Array = np.einsum("kw,kn->wn", basis, along, out=out)
+    return result
 
 
 def spread_rows(along: Array, basis: Array) -> Array:
