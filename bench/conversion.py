@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from harness import (
@@ -44,6 +45,14 @@ def ready_bf16(shop: Workshop) -> Path:
 def find_llama_quantize() -> str | None:
     """`$LLAMA_QUANTIZE`, or `llama-quantize` on PATH."""
     return os.environ.get("LLAMA_QUANTIZE") or shutil.which("llama-quantize")
+
+
+def _kernels_of(tool: str) -> Path | None:
+    """The library with the kernels that a llama-quantize uses, where it is built as one; compilers differ by some %."""
+    place = Path(shutil.which(tool) or tool).resolve().parent
+    return next(
+        (path for path in (place / "libggml-base.so", place.parent / "lib/libggml-base.so") if path.is_file()), None
+    )
 
 
 def measure_convert(shop: Workshop) -> list[Row]:
@@ -111,7 +120,8 @@ def measure_one_pass(shop: Workshop) -> list[Row]:
     """Folder to Q4_K_M in one pass, beside llama-quantize alone on the ready-made bf16 file."""
     folder, shape = large_folder(shop)
     ready = ready_bf16(shop)
-    ours, theirs, requantized = (shop.folder / name for name in ("ours.gguf", "theirs.gguf", "quantized.gguf"))
+    names = ("ours.gguf", "theirs.gguf", "quantized.gguf", "same.gguf")
+    ours, theirs, requantized, same = (shop.folder / name for name in names)
     quantize = shop.forge(
         *("quantize", str(ready), "-o", str(requantized), "--type", "Q4_K_M"),
         *("--threads", str(shop.n_threads), "--quiet"),
@@ -124,14 +134,21 @@ def measure_one_pass(shop: Workshop) -> list[Row]:
     if tool := find_llama_quantize():
         peer = (tool, str(ready), str(theirs), "Q4_K_M", str(shop.n_threads))
         commands.append(Command("llama-quantize", peer, clean=removing(theirs)))
+        if library := _kernels_of(tool):
+            convert = _forge_convert(shop, folder, same, "--quant", "Q4_K_M")
+            environment = {"OLLAMA_FORGE_GGML_LIBRARY": str(library)}
+            commands.append(replace(convert, label="ollama-forge convert", environment=environment))
     measured = run_in_slices(commands, shop.repeats)
-    removing(ours, theirs, requantized)()
+    removing(ours, theirs, requantized, same)()
     one_pass, from_gguf, kernels = measured[:3]
     beside = measured[3] if len(measured) > 3 else kernels
     bound = 2 * shape.largest_tensor_bytes + RSS_SLACK_BYTES
     size = f"{shape.n_parameters / 1e9:.2f} B parameters, {shop.n_threads} threads"
+    target = "no slower than llama-quantize alone"
+    same_kernels = f"the same with that llama-quantize's build of the kernels ({size})"
     rows = [
-        _against(f"folder to Q4_K_M in one pass ({size})", one_pass, beside, "no slower than llama-quantize alone"),
+        _against(f"folder to Q4_K_M in one pass ({size})", one_pass, beside, target),
+        *(_against(same_kernels, cost, beside, target) for cost in measured[4:]),
         _against(f"bf16 GGUF to Q4_K_M ({size})", from_gguf, beside, ""),
         Row(f"floor of the same ({size})", show(one_pass), show(kernels), _times(one_pass, kernels), "", None),
         Row(

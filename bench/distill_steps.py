@@ -82,7 +82,7 @@ def prepare(kind: str, teacher_path: Path, student_path: Path, n_tokens: int) ->
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 

@@ -42,7 +42,7 @@ def prepare(model: PreTrainedModel, kind: str, n_tokens: int) -> Callable[[], fl
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 

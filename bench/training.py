@@ -54,6 +54,7 @@ def _rows(label: str, limit: float | None, file_bytes: int, ours: Turns, theirs:
             f"{dense_load / load:.1f}x as fast",
             ">= 5x",
             dense_load / load >= 5,
+            "loaded once each",
         ),
         Row(
             f"LoRA step, {label}",

@@ -10,7 +10,8 @@ from loopback_ollama import LoopbackOllama
 from tiny_gguf import write_tiny_gguf, write_tiny_lora
 
 from ollama_forge.errors import CheckError
-from ollama_forge.jobs.landing import LandOptions, land_gguf
+from ollama_forge.jobs.land_options import LandOptions
+from ollama_forge.jobs.landing import land_gguf
 from ollama_forge.jobs.lineage import Ingredient, working
 from ollama_forge.registry.document import Document, Landing, Parent, RegistryEntry
 from ollama_forge.registry.lineage import render_page, render_tree, trace_origin

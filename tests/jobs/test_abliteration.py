@@ -15,13 +15,8 @@ from ollama_forge.errors import AdapterError, DatasetError, ExistsError, Templat
 from ollama_forge.files import atomic_output
 from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.gguf.writer import copy_entry, from_reader, write_gguf
-from ollama_forge.jobs.abliteration import (
-    ApplyOptions,
-    ComputedDirections,
-    ComputeOptions,
-    apply_ablation,
-    compute_direction,
-)
+from ollama_forge.jobs.abliteration import ApplyOptions, apply_ablation
+from ollama_forge.jobs.directions import ComputedDirections, ComputeOptions, compute_direction
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.train.direction_options import DirectionOptions
 from ollama_forge.transform.ablation import AblationOptions

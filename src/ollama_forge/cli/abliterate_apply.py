@@ -15,7 +15,7 @@ from ollama_forge.errors import UsageError
 
 if TYPE_CHECKING:
     from ollama_forge.jobs.abliteration import AblatedModel
-    from ollama_forge.jobs.landing import LandOptions
+    from ollama_forge.jobs.land_options import LandOptions
     from ollama_forge.store.modelfile import Modelfile
     from ollama_forge.transform.ablation import AblationOptions
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ollama_forge.cli.abliterate_job import JobSettings
     from ollama_forge.jobs.abliteration_optimize import OptimizeResult
     from ollama_forge.jobs.abliteration_search import Trial
-    from ollama_forge.jobs.landing import LandOptions
+    from ollama_forge.jobs.land_options import LandOptions
     from ollama_forge.store.modelfile import Modelfile
 
 

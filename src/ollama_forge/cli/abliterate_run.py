@@ -18,7 +18,7 @@ from ollama_forge.errors import UsageError
 if TYPE_CHECKING:
     from ollama_forge.cli.abliterate_job import JobSettings
     from ollama_forge.jobs.abliteration_run import AbliterationResult
-    from ollama_forge.jobs.landing import LandOptions
+    from ollama_forge.jobs.land_options import LandOptions
     from ollama_forge.store.modelfile import Modelfile
 
 

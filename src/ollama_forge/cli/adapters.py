@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ollama_forge.jobs.adapter_check import AdapterReport
     from ollama_forge.jobs.adapter_search import AdapterHit, Recommendation
     from ollama_forge.jobs.adapters import ConvertedAdapter
-    from ollama_forge.jobs.landing import LandOptions
+    from ollama_forge.jobs.land_options import LandOptions
 
 _MARKS = {"ok": ("✓", "green"), "differs": ("✗", "red"), "unknown": ("?", "yellow")}
 

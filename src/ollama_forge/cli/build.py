@@ -13,7 +13,7 @@ from ollama_forge.cli.landing import landing_options, note_landed, show_landed
 from ollama_forge.cli.options import parse_assignments
 
 if TYPE_CHECKING:
-    from ollama_forge.jobs.landing import LandOptions
+    from ollama_forge.jobs.land_options import LandOptions
     from ollama_forge.recipe.build import Build
     from ollama_forge.train.options import StepReport
 

@@ -19,7 +19,8 @@ from ollama_forge.errors import UsageError
 
 if TYPE_CHECKING:
     from ollama_forge.gguf.quantize import QuantizeOptions
-    from ollama_forge.jobs.landing import LandedModel, LandOptions
+    from ollama_forge.jobs.land_options import LandOptions
+    from ollama_forge.jobs.landing import LandedModel
     from ollama_forge.store.modelfile import Modelfile
 
 CONVERTERS = ("builtin", "llama.cpp")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ollama_forge.cli.finetune import ProgressLine
     from ollama_forge.jobs.distillation import DistillResult
     from ollama_forge.jobs.distillation_setup import DistillPlan, DistillRequest
-    from ollama_forge.jobs.landing import LandOptions
+    from ollama_forge.jobs.land_options import LandOptions
     from ollama_forge.jobs.teacher_answers import AskReport
     from ollama_forge.store.modelfile import Modelfile
 

@@ -16,7 +16,7 @@ from ollama_forge.errors import UsageError
 if TYPE_CHECKING:
     from ollama_forge.jobs.downsizing import DownsizeResult
     from ollama_forge.jobs.downsizing_plan import PipelinePlan, PipelineRequest
-    from ollama_forge.jobs.landing import LandOptions
+    from ollama_forge.jobs.land_options import LandOptions
     from ollama_forge.store.modelfile import Modelfile
 
 _HEALING = {"loss": "--loss", "epochs": "--epochs", "max_steps": "--max-steps", "lr": "--lr", "rank": "--rank"}

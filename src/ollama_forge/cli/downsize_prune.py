@@ -13,7 +13,7 @@ from ollama_forge.cli.options import modelfile_options, threads_option
 from ollama_forge.errors import UsageError
 
 if TYPE_CHECKING:
-    from ollama_forge.jobs.landing import LandOptions
+    from ollama_forge.jobs.land_options import LandOptions
     from ollama_forge.jobs.pruning import PrunedModel
     from ollama_forge.jobs.pruning_request import PruneOptions
     from ollama_forge.store.modelfile import Modelfile
@@ -84,9 +84,7 @@ def command(
     What matters is measured: the model reads a text once. A GGUF's layers that stay are copied byte for byte. The
     result is damaged until it is healed by distillation.
     """
-    from ollama_forge.jobs.landing import land_gguf
-    from ollama_forge.jobs.merging import inherited
-    from ollama_forge.jobs.pruning import prune_and_land, prune_model, pruning_work
+    from ollama_forge.jobs.pruning import land_pruned, prune_and_land, prune_model
     from ollama_forge.jobs.pruning_plot import require_plot, write_plot
     from ollama_forge.jobs.pruning_request import CalibrationOptions, PruneOptions
     from ollama_forge.jobs.resolve import resolve
@@ -132,8 +130,7 @@ def command(
     if plot is not None:
         write_plot(pruned, plot, overwrite=options.overwrite)
     if output is not None and name is not None and not options.dry_run:
-        with pruning_work(model, wanted, pruned.dropped, changes):
-            landed = land_gguf(output, name, inherited(model, changes), options)
+        landed = land_pruned(output, name, model, changes, options, wanted, pruned)
     for warning in pruned.warnings:
         console.warn(warning)
     if landed is None:

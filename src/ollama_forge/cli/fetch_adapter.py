@@ -12,7 +12,7 @@ from ollama_forge.cli.landing import landing_options
 from ollama_forge.cli.options import modelfile_options
 
 if TYPE_CHECKING:
-    from ollama_forge.jobs.landing import LandOptions
+    from ollama_forge.jobs.land_options import LandOptions
     from ollama_forge.store.modelfile import Modelfile
 
 

@@ -17,7 +17,7 @@ from ollama_forge.errors import UsageError
 
 if TYPE_CHECKING:
     from ollama_forge.jobs.finetune import FinetuneResult
-    from ollama_forge.jobs.landing import LandOptions
+    from ollama_forge.jobs.land_options import LandOptions
     from ollama_forge.jobs.trainer_job import TrainerOptions
     from ollama_forge.jobs.training_plan import TrainingPlan
     from ollama_forge.store.modelfile import Modelfile

@@ -18,7 +18,8 @@ from ollama_forge.cli.options import (
 from ollama_forge.errors import UsageError
 
 if TYPE_CHECKING:
-    from ollama_forge.jobs.landing import LandedModel, LandOptions
+    from ollama_forge.jobs.land_options import LandOptions
+    from ollama_forge.jobs.landing import LandedModel
     from ollama_forge.store.modelfile import Modelfile
 
 

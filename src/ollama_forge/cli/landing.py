@@ -14,7 +14,8 @@ from ollama_forge.cli.options import Command, console_options, store_option, wri
 from ollama_forge.errors import UsageError
 
 if TYPE_CHECKING:
-    from ollama_forge.jobs.landing import LandedModel, LandOptions
+    from ollama_forge.jobs.land_options import LandOptions
+    from ollama_forge.jobs.landing import LandedModel
 
 
 def landing_options(function: Command) -> Command:
@@ -33,8 +34,7 @@ def landing_options(function: Command) -> Command:
         console: Console,
         **kwargs: Any,
     ) -> Any:
-        from ollama_forge.jobs.landing import LandOptions
-        from ollama_forge.jobs.remote import find_remote_server
+        from ollama_forge.jobs.land_options import LandOptions, find_remote_server
 
         options = LandOptions(
             store_path,

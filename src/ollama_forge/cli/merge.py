@@ -14,7 +14,8 @@ from ollama_forge.cli.options import modelfile_options, threads_option
 from ollama_forge.errors import UsageError
 
 if TYPE_CHECKING:
-    from ollama_forge.jobs.landing import LandedModel, LandOptions
+    from ollama_forge.jobs.land_options import LandOptions
+    from ollama_forge.jobs.landing import LandedModel
     from ollama_forge.jobs.measure import Measurement, MeasureRequest
     from ollama_forge.jobs.merging import MergedModel, MergeInput
     from ollama_forge.jobs.resolve import ResolvedModel

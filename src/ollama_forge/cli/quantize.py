@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from ollama_forge.gguf.quantize import QuantizeOptions
     from ollama_forge.jobs.conversion import ConvertedFile
     from ollama_forge.jobs.fit_result import Fit
-    from ollama_forge.jobs.landing import LandedModel, LandOptions
+    from ollama_forge.jobs.land_options import LandOptions
+    from ollama_forge.jobs.landing import LandedModel
     from ollama_forge.jobs.measure import Measurement, MeasureRequest
     from ollama_forge.jobs.resolve import ResolvedModel
 

@@ -13,7 +13,7 @@ from ollama_forge.cli.options import modelfile_options, threads_option
 from ollama_forge.errors import UsageError
 
 if TYPE_CHECKING:
-    from ollama_forge.jobs.landing import LandOptions
+    from ollama_forge.jobs.land_options import LandOptions
     from ollama_forge.store.modelfile import Modelfile
 
 

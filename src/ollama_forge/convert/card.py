@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ollama_forge.gguf.types import ValueType
 from ollama_forge.gguf.writer import Field, array, float32, int32, string, uint32
 from ollama_forge.weights.safetensors import resolve_member
@@ -177,6 +175,8 @@ def read_front_matter(folder: Path) -> tuple[Mapping[str, Any], tuple[str, ...]]
     text = "\n".join(lines[1:end]) + "\n"
     # Norwegian is not a refusal, and YAML has no tabs (both as the reference reads cards).
     text = text.replace("- no\n", '- "no"\n').replace("\t", "  ")
+    import yaml  # only folders have cards
+
     try:
         parsed = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, ValueError, RecursionError) as exc:

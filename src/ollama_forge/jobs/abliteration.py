@@ -1,7 +1,7 @@
-"""Abliteration as whole jobs: the directions of a model computed, and taken out of what its weights write.
+"""Abliteration as a whole job: directions are taken out of what a model's weights write.
 
-In: a model on this disk and prompts, or a file of directions. Out: `ComputedDirections` or `AblatedModel`, which says
-how many matrices of each role were edited and what storing each edit cost. All other tensors stay byte for byte.
+In: a model on this disk and a file of directions (`jobs.directions` computes them). Out: `AblatedModel`, which says how
+many matrices of each role were edited and what storing each edit cost. All other tensors stay byte for byte.
 """
 
 from __future__ import annotations
@@ -12,18 +12,14 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ollama_forge.errors import AdapterError, ExistsError, UsageError
 from ollama_forge.files import Progress, no_progress, refuse_existing, require_free_space
 from ollama_forge.gguf.imatrix import read_imatrix
 from ollama_forge.jobs.adapters import base_path, convert_adapter
 from ollama_forge.jobs.conversion import ConvertOptions, PlannedGGUF, write_planned
-from ollama_forge.jobs.creation import Creation, create_model
-from ollama_forge.jobs.directions import ComputedDirections, ComputeOptions, compute_direction
-from ollama_forge.jobs.landing import LandedModel, LandOptions, import_folder, land_planned
-from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, working
-from ollama_forge.jobs.merging import inherited
+from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.transform.ablation import Ablation, AblationOptions, plan_ablation
@@ -34,15 +30,8 @@ from ollama_forge.transform.edits import TensorLoss
 from ollama_forge.transform.folder import write_edited_folder
 from ollama_forge.weights.checkpoint import Checkpoint, open_checkpoint
 
-__all__ = [
-    "AblatedModel",
-    "ApplyOptions",
-    "ComputeOptions",
-    "ComputedDirections",
-    "ablate_and_land",
-    "apply_ablation",
-    "compute_direction",
-]
+if TYPE_CHECKING:
+    from ollama_forge.jobs.landing import LandedModel
 
 
 @dataclass(frozen=True)
@@ -157,6 +146,11 @@ def ablate_and_land(
     Raises:
         As `apply_ablation` and `jobs.landing`; nothing is landed then.
     """
+    from ollama_forge.jobs.creation import Creation, create_model  # writing a file needs none of it
+    from ollama_forge.jobs.landing import import_folder, land_planned
+    from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, working
+    from ollama_forge.jobs.merging import inherited
+
     started = time.monotonic()
     options = options or ApplyOptions()
     _require_plain(model)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from ollama_forge.errors import UsageError
 from ollama_forge.jobs.conversion import convert_options, quantize_options
-from ollama_forge.jobs.landing import LandedModel, LandOptions, import_folder, land_gguf, land_installed
+from ollama_forge.jobs.land_options import LandOptions
+from ollama_forge.jobs.landing import LandedModel, import_folder, land_gguf, land_installed
 from ollama_forge.jobs.lineage import ingredient_of, working
 from ollama_forge.jobs.merging import inherited
 from ollama_forge.jobs.refusals import EvaluateOptions, OnStep, RefusalReport, evaluate_models

@@ -24,7 +24,7 @@ from ollama_forge.jobs.abliteration_search import (
     search_ablations,
 )
 from ollama_forge.jobs.abliteration_work import AbliterateRequest, AbliterationWork
-from ollama_forge.jobs.landing import LandOptions
+from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.measure_models import require_packages
 from ollama_forge.jobs.refusals import OnStep
 

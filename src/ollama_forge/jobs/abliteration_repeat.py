@@ -12,7 +12,8 @@ from typing import Any
 
 from ollama_forge.jobs.abliteration import ApplyOptions, ablate_and_land, apply_ablation
 from ollama_forge.jobs.conversion import quantize_file, quantize_options
-from ollama_forge.jobs.landing import LandedModel, LandOptions, land_gguf
+from ollama_forge.jobs.land_options import LandOptions
+from ollama_forge.jobs.landing import LandedModel, land_gguf
 from ollama_forge.jobs.merging import inherited
 from ollama_forge.jobs.refusal_answers import as_gguf
 from ollama_forge.jobs.resolve import ResolvedModel

@@ -17,7 +17,8 @@ from ollama_forge.jobs.ablation_bench import AblationBench, TrialScore
 from ollama_forge.jobs.abliteration_result import PAGE_FILE, evaluate_result, land_result, require_free_name
 from ollama_forge.jobs.abliteration_work import AbliterateRequest, AbliterationWork, EditedModel
 from ollama_forge.jobs.directions import layers_at, packed_memory_bytes, plan_directions
-from ollama_forge.jobs.landing import LandedModel, LandOptions
+from ollama_forge.jobs.land_options import LandOptions
+from ollama_forge.jobs.landing import LandedModel
 from ollama_forge.jobs.measure_models import require_packages
 from ollama_forge.jobs.refusals import OnStep
 from ollama_forge.jobs.work_stages import hash_key

@@ -27,7 +27,7 @@ from ollama_forge.jobs.conversion import (
     quantize_options,
 )
 from ollama_forge.jobs.directions import ComputeOptions, compute_direction
-from ollama_forge.jobs.landing import LandOptions
+from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.refusal_answers import require_template
 from ollama_forge.jobs.refusals import OnStep
 from ollama_forge.jobs.resolve import ResolvedModel, resolve

@@ -6,13 +6,14 @@ In: an installed model that nobody sees yet. Out: `CheckReport`; a prompt that d
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ollama_forge.engine import GREEDY, Engine, open_engine, sampling_from_parameters
 from ollama_forge.errors import CheckError, TemplateError
 from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.store.installed import InstalledModel
-from ollama_forge.tokenizer.template import read_gguf_template
+
+if TYPE_CHECKING:
+    from ollama_forge.engine import Engine
 
 CHECK_TOKENS = 48
 CHECK_CONTEXT = 1024
@@ -52,6 +53,8 @@ def check_model(model: InstalledModel) -> CheckReport:
         EngineError: llama.cpp refuses the model.
         CheckError: the prompt that the engine sends differs from the one the template means.
     """
+    from ollama_forge.engine import GREEDY, open_engine, sampling_from_parameters  # many commands never come here
+
     assert model.model_path is not None
     adapters = [(path, 1.0) for path in model.adapters]
     sampling = replace(
@@ -73,6 +76,8 @@ def compare_prompts(model: InstalledModel, engine: Engine) -> str:
     Raises:
         CheckError: they differ; the error shows both.
     """
+    from ollama_forge.tokenizer.template import read_gguf_template
+
     assert model.model_path is not None
     with open_gguf(model.model_path) as gguf:
         if "tokenizer.chat_template" not in gguf.metadata:

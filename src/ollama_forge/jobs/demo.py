@@ -17,7 +17,8 @@ from ollama_forge.jobs.conversion import convert_options, quantize_options
 from ollama_forge.jobs.creation import Creation, create_model
 from ollama_forge.jobs.finetune import FinetuneResult, finetune
 from ollama_forge.jobs.finetune_setup import FinetuneRequest, missing_train_packages
-from ollama_forge.jobs.landing import LandedModel, LandOptions, import_folder
+from ollama_forge.jobs.land_options import LandOptions
+from ollama_forge.jobs.landing import LandedModel, import_folder
 from ollama_forge.jobs.resolve import resolve
 from ollama_forge.jobs.run import open_chat
 from ollama_forge.store.catalog import open_store

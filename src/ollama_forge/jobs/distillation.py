@@ -30,7 +30,8 @@ from ollama_forge.jobs.distillation_setup import (
 )
 from ollama_forge.jobs.finetune import ask_all, choose_questions, land_adapter, matching_template
 from ollama_forge.jobs.finetune_setup import RUN_FILE, require_free_name
-from ollama_forge.jobs.landing import LandedModel, LandOptions, land_gguf
+from ollama_forge.jobs.land_options import LandOptions
+from ollama_forge.jobs.landing import LandedModel, land_gguf
 from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, working
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, inherited, merge_model
 from ollama_forge.jobs.processes import is_first_process, shares_blocks, wait_for_first_process

@@ -33,7 +33,7 @@ from ollama_forge.jobs.finetune_setup import (
     require_free_name,
     require_trainable,
 )
-from ollama_forge.jobs.landing import LandOptions
+from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.processes import is_first_process
 from ollama_forge.jobs.resolve import ResolvedModel, resolve
 from ollama_forge.jobs.teacher_answers import AskOptions

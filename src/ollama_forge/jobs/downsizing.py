@@ -27,7 +27,8 @@ from ollama_forge.jobs.distillation_setup import RUN_FILE, DistillRequest, metad
 from ollama_forge.jobs.downsizing_plan import PipelinePlan, PipelineRequest, PruneStep, plan_pipeline
 from ollama_forge.jobs.downsizing_report import Row, judge_rows, measure_speed, write_comparison
 from ollama_forge.jobs.finetune_setup import FinetuneRequest, require_extra, require_free_name
-from ollama_forge.jobs.landing import LandedModel, LandOptions, land_gguf
+from ollama_forge.jobs.land_options import LandOptions
+from ollama_forge.jobs.landing import LandedModel, land_gguf
 from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, working
 from ollama_forge.jobs.measure import MeasureRequest, measure
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, inherited, merge_model

@@ -5,7 +5,6 @@ In: nothing but this machine. Out: frozen findings. It starts nothing and change
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -84,17 +83,27 @@ def fit_light(needed_bytes: int, available_bytes: int | None) -> str:
     return "green" if share < 0.7 else "yellow" if share < 0.95 else "red"
 
 
+def installed_version(package: str) -> str | None:
+    """The version of an installed package."""
+    import importlib.metadata  # it takes longer to load than most commands to run
+
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def python_finding() -> Finding:
     """Which Python and which version of this package."""
     version = ".".join(map(str, sys.version_info[:3]))
-    return Finding("python", State.OK, f"{version}, ollama-forge {importlib.metadata.version('ollama-forge')}")
+    return Finding("python", State.OK, f"{version}, ollama-forge {installed_version('ollama-forge')}")
 
 
 def engine_finding() -> Finding:
     """llama.cpp, as the package carries it."""
     if importlib.util.find_spec("xllamacpp") is None:
         return Finding("engine", State.MISSING, "xllamacpp is not installed", "pip install xllamacpp")
-    return Finding("engine", State.OK, f"llama.cpp in xllamacpp {importlib.metadata.version('xllamacpp')}")
+    return Finding("engine", State.OK, f"llama.cpp in xllamacpp {installed_version('xllamacpp')}")
 
 
 def _store(store_path: Path | None) -> list[Finding]:
@@ -165,10 +174,11 @@ def _extra(name: str, packages: tuple[str, ...], extra: str) -> Finding:
     missing = []
     versions = []
     for package in packages:
-        try:
-            versions.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
+        version = installed_version(package)
+        if version is None:
             missing.append(package)
+        else:
+            versions.append(f"{package} {version}")
     if missing:
         return Finding(
             name, State.OPTIONAL, f"{', '.join(missing)} not installed", f"pip install 'ollama-forge[{extra}]'"

@@ -26,7 +26,8 @@ from ollama_forge.jobs.finetune_setup import (
     require_extra,
     require_free_name,
 )
-from ollama_forge.jobs.landing import LandedModel, LandOptions, land_gguf, land_installed
+from ollama_forge.jobs.land_options import LandOptions
+from ollama_forge.jobs.landing import LandedModel, land_gguf, land_installed
 from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, modelfile_text, working
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, merge_and_land
 from ollama_forge.jobs.processes import is_first_process, shares_blocks, wait_for_first_process

@@ -22,7 +22,7 @@ from ollama_forge.errors import ExistsError, MissingExtraError, TrainingError, U
 from ollama_forge.files import hash_file, make_folder, write_bytes
 from ollama_forge.gguf.reader import GGUFFile, open_gguf
 from ollama_forge.jobs.conversion import ConvertOptions, convert_folder
-from ollama_forge.jobs.landing import LandOptions
+from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.resolve import ResolvedModel, resolve, resolve_gguf
 from ollama_forge.jobs.training_plan import TrainingPlan, plan_training
 from ollama_forge.store.catalog import open_store

@@ -19,7 +19,8 @@ from ollama_forge.errors import UsageError
 from ollama_forge.files import require_free_space
 from ollama_forge.jobs.conversion import ConvertOptions, PlannedGGUF
 from ollama_forge.jobs.hub_local import GGUFPlan, fetch_adapter_files, plan_gguf
-from ollama_forge.jobs.landing import LandedModel, LandOptions, import_folder, land_gguf, land_planned
+from ollama_forge.jobs.land_options import LandOptions
+from ollama_forge.jobs.landing import LandedModel, import_folder, land_gguf, land_planned
 from ollama_forge.jobs.lineage import Ingredient, modelfile_text, working
 from ollama_forge.jobs.merging import MergedModel, MergeInput, MergeOptions, merge_and_land, retrain
 from ollama_forge.jobs.resolve import resolve

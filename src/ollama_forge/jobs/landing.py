@@ -27,6 +27,7 @@ from ollama_forge.jobs.conversion import (
     open_joined,
     open_quantization,
 )
+from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.lineage import Work, hashed_beside, record_landing, record_sent, served_ingredient, source_work
 from ollama_forge.jobs.remote import land_remote
 from ollama_forge.store.catalog import Store, open_store
@@ -35,7 +36,6 @@ from ollama_forge.store.installed import InstalledModel
 from ollama_forge.store.land import Ingredients, Landed, ModelSource, land, plan_landing
 from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.store.name import parse_name, validate_writable
-from ollama_forge.store.server import OllamaServer
 
 Planned = Callable[[], AbstractContextManager[PlannedGGUF]]
 
@@ -77,24 +77,6 @@ class LandedModel:
             "seconds": round(self.seconds, 3),
             "dry_run": self.is_dry_run,
         }
-
-
-@dataclass(frozen=True)
-class LandOptions:
-    """How to land: the same for every job.
-
-    Attributes:
-        store_path: the models folder; None: Ollama's own.
-        server: land there through its API instead of in a store.
-        check: run the model before it gets its name.
-    """
-
-    store_path: Path | None = None
-    overwrite: bool = False
-    dry_run: bool = False
-    check: bool = True
-    progress: Progress = no_progress
-    server: OllamaServer | None = None
 
 
 def land_gguf(

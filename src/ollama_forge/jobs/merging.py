@@ -21,7 +21,8 @@ from ollama_forge.gguf.reader import GGUFFile, open_gguf
 from ollama_forge.jobs.adapters import base_path, prepare_adapter, settle_base_copies
 from ollama_forge.jobs.conversion import ConvertOptions, PlannedGGUF, write_planned
 from ollama_forge.jobs.creation import Creation, create_model, override
-from ollama_forge.jobs.landing import LandedModel, LandOptions, import_folder, land_planned
+from ollama_forge.jobs.land_options import LandOptions
+from ollama_forge.jobs.landing import LandedModel, import_folder, land_planned
 from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, modelfile_text, standing_for, working
 from ollama_forge.jobs.resolve import ResolvedModel, resolve
 from ollama_forge.store.modelfile import Modelfile

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,9 +25,7 @@ from ollama_forge.files import (
     temp_path_beside,
 )
 from ollama_forge.jobs.conversion import ConvertOptions, PlannedGGUF, convert_folder, write_planned
-from ollama_forge.jobs.landing import LandedModel, LandOptions, land_planned
-from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, modelfile_text, working
-from ollama_forge.jobs.merging import inherited
+from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.pruning_request import PruneOptions, choose, require_prunable, settle_target
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.store.modelfile import Modelfile
@@ -39,6 +37,9 @@ from ollama_forge.transform.prune import PrunedGGUF, plan_gguf_cut
 from ollama_forge.transform.prune_folder import PrunedFolder, plan_folder_cut, write_pruned_folder
 from ollama_forge.transform.ranking import Importance, dropped_layers, ranking_document
 from ollama_forge.weights.checkpoint import Checkpoint, open_checkpoint
+
+if TYPE_CHECKING:
+    from ollama_forge.jobs.landing import LandedModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,6 +199,9 @@ def prune_and_land(
         UsageError, UnsupportedError: the request cannot be met; nothing was measured or landed.
         As `jobs.landing` says.
     """
+    from ollama_forge.jobs.landing import land_planned  # cutting a file needs none of it
+    from ollama_forge.jobs.merging import inherited
+
     started = time.monotonic()
     projector = model.installed.projector if model.installed is not None else None
     with (
@@ -214,10 +218,33 @@ def prune_and_land(
         return pruning.result(None, started, is_dry_run=land_options.dry_run), landed
 
 
+def land_pruned(
+    output: Path,
+    name: str,
+    model: ResolvedModel,
+    changes: Modelfile,
+    land_options: LandOptions,
+    options: PruneOptions,
+    pruned: PrunedModel,
+) -> LandedModel:
+    """A model that was cut into a file becomes an Ollama model, too.
+
+    Raises:
+        As `jobs.landing` says.
+    """
+    from ollama_forge.jobs.landing import land_gguf
+    from ollama_forge.jobs.merging import inherited
+
+    with pruning_work(model, options, pruned.dropped, changes):
+        return land_gguf(output, name, inherited(model, changes), land_options)
+
+
 def pruning_work(
     model: ResolvedModel, options: PruneOptions, dropped: tuple[int, ...], changes: Modelfile
 ) -> contextlib.AbstractContextManager[None]:
     """What the registry is told of a pruning."""
+    from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, modelfile_text, working
+
     calibration = options.calibration
     data = [] if calibration.text is None else [file_ingredient(calibration.text, "data")]
     return working(

@@ -10,7 +10,8 @@ import contextlib
 from ollama_forge.errors import UsageError
 from ollama_forge.gguf.quantize import QuantizeOptions
 from ollama_forge.jobs.conversion import open_quantization
-from ollama_forge.jobs.landing import LandedModel, LandOptions, land_planned
+from ollama_forge.jobs.land_options import LandOptions
+from ollama_forge.jobs.landing import LandedModel, land_planned
 from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, modelfile_text, plain_value, working
 from ollama_forge.jobs.merging import inherited
 from ollama_forge.jobs.resolve import ResolvedModel

@@ -16,7 +16,8 @@ from typing import Any
 
 from ollama_forge.errors import NotFoundError, StoreError, UnsupportedError
 from ollama_forge.files import Progress, disk_error, no_progress
-from ollama_forge.jobs.landing import LandedModel, LandOptions
+from ollama_forge.jobs.land_options import LandOptions
+from ollama_forge.jobs.landing import LandedModel
 from ollama_forge.jobs.lineage import content_digest, unrecorded
 from ollama_forge.jobs.rebuild_steps import MADE_ON_THE_WAY, STEPS, find_source, repeat_step
 from ollama_forge.registry.document import Document, Landing, Parent

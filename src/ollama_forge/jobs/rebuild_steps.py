@@ -22,7 +22,8 @@ from ollama_forge.jobs.adapters import prepare_adapter
 from ollama_forge.jobs.finetune import RECORDED_SETTINGS, TWIN, finetune
 from ollama_forge.jobs.finetune_setup import FinetuneRequest
 from ollama_forge.jobs.hub_local import fetch_adapter_files, fetch_file, fetch_model_path
-from ollama_forge.jobs.landing import LandedModel, LandOptions, import_folder, land_gguf, land_installed
+from ollama_forge.jobs.land_options import LandOptions
+from ollama_forge.jobs.landing import LandedModel, import_folder, land_gguf, land_installed
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, merge_and_land
 from ollama_forge.jobs.pruning import prune_and_land
 from ollama_forge.jobs.pruning_request import CalibrationOptions, PruneOptions

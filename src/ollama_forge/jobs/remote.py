@@ -17,7 +17,6 @@ from ollama_forge.store.discard import exists_error
 from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.store.name import parse_name, validate_writable
 from ollama_forge.store.server import OllamaServer
-from ollama_forge.store.server_address import find_address
 
 
 @dataclass(frozen=True)
@@ -31,15 +30,6 @@ class RemoteLanding:
     shared_bytes: int
     replaced: bool
     check: CheckReport | None
-
-
-def find_remote_server(host: str | None, store_path: Path | None) -> OllamaServer | None:
-    """The server to land on, when it is not the store of this machine: `host`, or an `OLLAMA_HOST` elsewhere."""
-    if host is not None:
-        return OllamaServer(host)
-    if store_path is not None or find_address().is_local:
-        return None
-    return OllamaServer()
 
 
 def land_remote(

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ollama_forge.errors import NotFoundError, StoreError, UnsafeFileError, UnsupportedError, UsageError
-from ollama_forge.jobs.hub_local import fetch_model_path
-from ollama_forge.source.hub_files import parse_repo
 from ollama_forge.source.ref import ModelRef, RefKind, parse_ref
 from ollama_forge.store.catalog import open_store
 from ollama_forge.store.installed import InstalledModel
@@ -52,7 +50,7 @@ def resolve(text: str, store_path: Path | None = None) -> ResolvedModel:
     """
     ref = parse_ref(text)
     if ref.kind is RefKind.HUB:
-        path = fetch_model_path(parse_repo(text))
+        path = _fetched(text)
         return ResolvedModel(text, folder=path) if path.is_dir() else ResolvedModel(text, gguf_path=path)
     if ref.kind is RefKind.PATH:
         return _resolve_path(ref)
@@ -88,7 +86,7 @@ def resolve_folder(text: str) -> Path:
     ref = parse_ref(text)
     path = ref.path if ref.kind is RefKind.PATH else Path(text)
     if ref.kind is RefKind.HUB:
-        path = fetch_model_path(parse_repo(text))
+        path = _fetched(text)
     assert path is not None
     if path.is_file() and path.suffix.lower() == ".gguf":
         raise UsageError(
@@ -103,6 +101,14 @@ def resolve_folder(text: str) -> Path:
             next="Check the path.",
         )
     return path
+
+
+def _fetched(text: str) -> Path:
+    """The folder or file of a model of the Hub, in the Hugging Face cache."""
+    from ollama_forge.jobs.hub_local import fetch_model_path
+    from ollama_forge.source.hub_files import parse_repo
+
+    return fetch_model_path(parse_repo(text))
 
 
 def _resolve_installed(text: str, store_path: Path | None) -> ResolvedModel:

@@ -14,7 +14,7 @@ from ollama_forge.errors import UsageError
 from ollama_forge.files import write_bytes
 from ollama_forge.jobs.finetune import FinetuneResult, finetune
 from ollama_forge.jobs.finetune_setup import FinetuneRequest, require_extra, require_free_name
-from ollama_forge.jobs.landing import LandOptions
+from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.lineage import Ingredient, ingredient_of, working
 from ollama_forge.jobs.processes import is_first_process, wait_for_first_process
 from ollama_forge.jobs.resolve import ResolvedModel, resolve

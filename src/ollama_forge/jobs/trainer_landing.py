@@ -21,7 +21,8 @@ from ollama_forge.jobs.adapters import base_path, prepare_adapter, require_numbe
 from ollama_forge.jobs.conversion import quantize_options
 from ollama_forge.jobs.finetune import ask_all, choose_questions, land_adapter
 from ollama_forge.jobs.finetune_setup import FinetuneRequest
-from ollama_forge.jobs.landing import LandOptions, land_gguf
+from ollama_forge.jobs.land_options import LandOptions
+from ollama_forge.jobs.landing import land_gguf
 from ollama_forge.jobs.merging import MergeInput, inherited, merge_and_land
 from ollama_forge.jobs.resolve import ResolvedModel, resolve
 from ollama_forge.jobs.trainer_job import AnswerChange, TrainerJob, TrainerResult

@@ -23,7 +23,7 @@ from ollama_forge.gguf.types import FileType, GGMLType, file_type_name, parse_fi
 from ollama_forge.jobs.conversion import convert_folder, convert_options, quantize_file
 from ollama_forge.jobs.external_program import find_program, has_flag, read_help
 from ollama_forge.jobs.finetune_setup import FinetuneRequest
-from ollama_forge.jobs.landing import LandOptions
+from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.jobs.trainer_job import BASE_FILE, TrainerJob
 from ollama_forge.tokenizer.encode import build_tokenizer

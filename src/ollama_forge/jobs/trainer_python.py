@@ -21,7 +21,7 @@ from ollama_forge.files import write_bytes
 from ollama_forge.jobs import unsloth_script
 from ollama_forge.jobs.external_program import find_program
 from ollama_forge.jobs.finetune_setup import FinetuneRequest
-from ollama_forge.jobs.landing import LandOptions
+from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.jobs.trainer_job import BASE_FOLDER, TrainerJob
 from ollama_forge.train.options import LoopOptions, plan_steps, settle

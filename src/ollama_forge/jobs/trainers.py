@@ -19,7 +19,7 @@ from ollama_forge.files import hash_file, make_folder, refuse_existing
 from ollama_forge.jobs.external_program import Output, quoted, run_program
 from ollama_forge.jobs.finetune import FinetuneResult, finetune
 from ollama_forge.jobs.finetune_setup import FinetuneRequest, as_trainable, require_free_name, twin_of
-from ollama_forge.jobs.landing import LandOptions
+from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.resolve import ResolvedModel, resolve
 from ollama_forge.jobs.trainer_job import TrainerJob, TrainerOptions, TrainerResult, check_claim, write_claim
 from ollama_forge.jobs.trainer_landing import finish

@@ -15,7 +15,8 @@ from typing import Any
 from ollama_forge.errors import ExistsError, InterruptedRunError, RecipeError
 from ollama_forge.files import hash_file
 from ollama_forge.jobs.conversion import convert_options
-from ollama_forge.jobs.landing import LandedModel, LandOptions, import_folder, land_gguf, land_installed, land_named
+from ollama_forge.jobs.land_options import LandOptions
+from ollama_forge.jobs.landing import LandedModel, import_folder, land_gguf, land_installed, land_named
 from ollama_forge.jobs.lineage import Ingredient, ingredient_of, working
 from ollama_forge.jobs.merging import inherited
 from ollama_forge.jobs.resolve import ResolvedModel

@@ -15,7 +15,7 @@ from ollama_forge.dataset.prompts import find_prompt_files, read_prompts
 from ollama_forge.errors import RecipeError
 from ollama_forge.files import hash_file, place_copy
 from ollama_forge.jobs.conversion import ConvertOptions, convert_folder
-from ollama_forge.jobs.landing import LandOptions
+from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.lineage import unrecorded
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, merge_model
 from ollama_forge.jobs.resolve import ResolvedModel

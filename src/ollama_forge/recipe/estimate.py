@@ -14,7 +14,7 @@ from typing import Any
 from ollama_forge.files import require_free_space
 from ollama_forge.jobs.conversion import convert_options, open_folder, open_quantization, quantize_options
 from ollama_forge.jobs.fit_result import DEFAULT_PASSES, parse_limit
-from ollama_forge.jobs.landing import LandOptions
+from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.recipe.places import locate
 from ollama_forge.recipe.plan import BuildPlan

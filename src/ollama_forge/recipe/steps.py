@@ -25,7 +25,7 @@ from ollama_forge.jobs.finetune import finetune
 from ollama_forge.jobs.finetune_setup import FinetuneRequest
 from ollama_forge.jobs.fit_result import DEFAULT_PASSES, FitRequest, parse_limit
 from ollama_forge.jobs.imatrix import read_text
-from ollama_forge.jobs.landing import LandOptions
+from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.measure import built_in_text
 from ollama_forge.jobs.merging import MergedModel, MergeInput, MergeOptions, merge_model
 from ollama_forge.jobs.quantize_fit import fit_file
