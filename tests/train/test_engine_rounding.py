@@ -74,3 +74,21 @@ def test_a_tensor_that_was_written_to_is_rounded_again(tmp_path: Path) -> None:
         x = some_numbers(layer.in_features)
         before = layer(x)
         assert torch.equal(layer(x.mul_(1)), before)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "phi3"])
+def test_norms_are_ggmls_to_the_bit_inside_the_block_only(family: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf_of(dense_model(family), family, path, GGMLType.Q8_0)
+    packed = load_packed(path)
+    norm = packed.model.base_model.norm
+    x = some_numbers(norm.weight.numel(), rows=64)
+    plain = norm(x)
+    numbers, weight = x.numpy(), norm.weight.detach().numpy()
+    squares = (numbers * numbers).astype(np.float64).sum(-1, keepdims=True)
+    mean = (squares / np.float64(numbers.shape[-1])).astype(np.float32)
+    scale = np.float32(1) / np.sqrt(mean + np.float32(norm.variance_epsilon))
+    with engine_rounding(packed):
+        assert np.array_equal(norm(x).detach().numpy(), numbers * scale * weight)
+    assert torch.equal(norm(x), plain)
+    assert torch.allclose(norm(x), plain, rtol=1e-5)

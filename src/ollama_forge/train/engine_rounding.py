@@ -6,14 +6,15 @@ bits. For matrices of 8 bits this rounding costs about as much as the quantizati
 is not what a person gets who runs the model.
 
 In: a packed model. Out: the same model whose layers round what they are given, as long as a block runs. Facts: ggml,
-src/ggml-cpu/ggml-cpu.c (type_traits_cpu) and src/ggml-quants.c (quantize_row_q8_0_ref, quantize_row_q8_K_ref), b11549.
+src/ggml-cpu/ggml-cpu.c (type_traits_cpu), src/ggml-quants.c (quantize_row_q8_0_ref, quantize_row_q8_K_ref) and
+src/ggml-cpu/ops.cpp (ggml_compute_forward_rms_norm_f32), b11549.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from ollama_forge.train.packed import PackedLinear
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 
 _SMALL_BLOCK = 32
+_PLAIN_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Qwen3MoeRMSNorm", "Phi3RMSNorm")
 _LARGE_BLOCK = 256
 
 
@@ -85,7 +87,19 @@ def engine_rounding(packed: PackedModel) -> Iterator[None]:
                 rounding = rounding_of(module.matrix.type)
                 if rounding is not None:
                     undo.callback(module.register_forward_pre_hook(_hook(rounding, last)).remove)
+            elif type(module).__name__ in _PLAIN_NORMS:
+                undo.callback(module.register_forward_hook(_normed).remove)
         yield
+
+
+def _normed(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    """The norm with ggml's own roundings, to the bit: what comes next is rounded to 8 bits, and numbers half-way between
+    two steps go where the last bit of the norm sends them, a whole row at once."""
+    x, norm = inputs[0].float(), cast(Any, module)
+    mean = ((x * x).double().sum(-1, keepdim=True) / x.shape[-1]).float()
+    root = (mean + norm.variance_epsilon).double().sqrt().float()  # torch's float32 root is not the nearest number
+    scaled: torch.Tensor = x * (1.0 / root) * norm.weight
+    return scaled.to(output.dtype)
 
 
 class _LastRounded:
