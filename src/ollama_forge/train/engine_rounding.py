@@ -93,7 +93,7 @@ def engine_rounding(packed: PackedModel) -> Iterator[None]:
 
 
 def _normed(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-    """The norm with ggml's own roundings, to the bit: what comes next is rounded to 8 bits, and numbers half-way between
+    """The norm with ggml's own roundings, to the bit: what follows is rounded to 8 bits, and numbers half-way between
     two steps go where the last bit of the norm sends them, a whole row at once."""
     x, norm = inputs[0].float(), cast(Any, module)
     mean = ((x * x).double().sum(-1, keepdim=True) / x.shape[-1]).float()
