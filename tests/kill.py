@@ -1,9 +1,9 @@
 """Kill a command at a chosen point, for real: SIGKILL, no clean-up, no luck with timing.
 
 The child runs the true code under an audit hook that counts what it is about to do to files below some folders (open,
-rename, link, mkdir, unlink, chmod, utime, rmdir), every fsync, and every write through `HashingWriter`. At event
-number K it kills itself; in a write, after half of the bytes. Sweeping K over all events visits every state that a
-crash can leave.
+rename, link, mkdir, unlink, chmod, utime, rmdir), every fsync, and every write or copy through `HashingWriter`. At
+event number K it kills itself; in a write or a copy, after half of the bytes. Sweeping K over all events visits every
+state that a crash can leave.
 
     total = count_events(["-m", "ollama_forge", "import", ...], [store])
     outcome = run_and_kill(["-m", "ollama_forge", "import", ...], 17, [store])       # one fresh interpreter
@@ -126,9 +126,9 @@ class _Reaper:
 
         os.fsync = counted_fsync  # fsync raises no audit event
 
-        from ollama_forge.files import HashingWriter
+        from ollama_forge.files import FileSpan, HashingWriter
 
-        write = HashingWriter.write
+        write, copy = HashingWriter.write, HashingWriter.copy
 
         def torn_write(writer: HashingWriter, data: bytes | bytearray | memoryview) -> int:
             if self._count():
@@ -138,7 +138,14 @@ class _Reaper:
                 self._die()
             return write(writer, data)
 
+        def torn_copy(writer: HashingWriter, span: FileSpan, advance: object = None) -> bool:
+            if writer._hash is None and self._count():
+                copy(writer, FileSpan(span.descriptor, span.offset, span.n_bytes // 2))
+                self._die()
+            return copy(writer, span, advance)  # type: ignore[arg-type]
+
         HashingWriter.write = torn_write  # type: ignore[method-assign]
+        HashingWriter.copy = torn_copy  # type: ignore[method-assign]
 
     def _hook(self, event: str, arguments: tuple[object, ...]) -> None:
         if event not in _EVENTS or not any(self._is_inside(argument) for argument in arguments[:2]):
