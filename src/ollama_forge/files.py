@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 COPY_CHUNK_BYTES = 1 << 22
 _OVERLAP_BYTES = 1 << 20
-_SYNC_BYTES = 64 << 20
+_SYNC_BYTES = 128 << 20
 _COPY_BYTES = 64 << 20
 _CANNOT_COPY = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF})
 _TEMP_NAME = re.compile(r"\.forge-(\d+)-[0-9a-f]{8}\.tmp$")
