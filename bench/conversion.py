@@ -48,7 +48,7 @@ def find_llama_quantize() -> str | None:
 
 
 def _kernels_of(tool: str) -> Path | None:
-    """The library with the kernels that a llama-quantize uses, where it is built as one; compilers differ by some %."""
+    """The library with a llama-quantize's kernels, where it is built as one: with it both run the same code."""
     place = Path(shutil.which(tool) or tool).resolve().parent
     return next(
         (path for path in (place / "libggml-base.so", place.parent / "lib/libggml-base.so") if path.is_file()), None

@@ -20,7 +20,7 @@ from ollama_forge.errors import RecipeError, UsageError
 from ollama_forge.files import Progress, hash_file, no_progress, place_copy
 from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.jobs.adapters import prepare_adapter
-from ollama_forge.jobs.conversion import convert_folder, convert_options, quantize_file, quantize_options
+from ollama_forge.jobs.conversion import ConvertedFile, convert_folder, convert_options, quantize_file, quantize_options
 from ollama_forge.jobs.finetune import finetune
 from ollama_forge.jobs.finetune_setup import FinetuneRequest
 from ollama_forge.jobs.fit_result import DEFAULT_PASSES, FitRequest, parse_limit
@@ -135,13 +135,18 @@ def _quantize(step: Any, bench: Workbench, output_dir: Path) -> StepResult:
     else:
         assert model.gguf_path is not None
         made = quantize_file(model.gguf_path, output, options, overwrite=True, progress=bench.progress)
-    facts = {"bytes": made.size_bytes, "types": {share.type: share.tensors for share in made.types}}
+    facts = {"types": {share.type: share.tensors for share in made.types}}
+    return _requantized(bench, made, {**facts, "warnings": list(made.warnings)})
+
+
+def _requantized(bench: Workbench, made: ConvertedFile, facts: Mapping[str, object]) -> StepResult:
+    """The state with other weights; adapter layers stay on them."""
     return replace(
         bench.state,
-        weights=output,
-        adapters=model.adapters if bench.state.weights is None else bench.state.adapters,
-        outputs={output.name: made.sha256},
-        facts={**facts, "warnings": list(made.warnings)},
+        weights=made.output,
+        adapters=bench.model.adapters if bench.state.weights is None else bench.state.adapters,
+        outputs={made.output.name: made.sha256},
+        facts={"bytes": made.size_bytes, **facts},
     )
 
 
@@ -308,14 +313,8 @@ def _fit(step: Any, bench: Workbench, output_dir: Path) -> StepResult:
     if whole.parent == output_dir:
         whole.unlink()
     assert fit.written is not None
-    facts = {"bytes": fit.written.size_bytes, "chosen": fit.chosen, "kl": fit.kl, "context": fit.context}
-    return replace(
-        bench.state,
-        weights=output,
-        adapters=model.adapters if bench.state.weights is None else bench.state.adapters,
-        outputs={output.name: fit.written.sha256},
-        facts={**facts, "warnings": list(fit.warnings)},
-    )
+    facts = {"chosen": fit.chosen, "kl": fit.kl, "context": fit.context, "warnings": list(fit.warnings)}
+    return _requantized(bench, fit.written, facts)
 
 
 def _edited(bench: Workbench, done: Edited) -> StepResult:
