@@ -27,12 +27,13 @@ def main() -> None:
     _leave_no_core_file()
     server = _load(job)
     reply = {"url": server.listening_address} if not isinstance(server, str) else {"error": server}
+    # Before the reply: the thread that reads it may end at once, and must not take the child along.
+    _die_with_parent(job["parent_pid"], 0)
     replies.write(json.dumps(reply).encode() + b"\n")
     replies.flush()
     if "error" in reply:
         # An ordinary end, so that llama.cpp's log thread writes what it still holds.
         return
-    _die_with_parent(job["parent_pid"], 0)
     sys.stdin.buffer.read()
     # The server's destructor can wait for ever, and there is nothing to save: leave at once.
     os._exit(0)
