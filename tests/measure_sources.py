@@ -12,9 +12,7 @@ from learnt_model import MODEL_DIR, held_out_facts, held_out_tasks, held_out_unk
 
 from ollama_forge.jobs.conversion import ConvertOptions, convert_folder, quantize_file, quantize_options
 
-TYPES = ("Q8_0", "Q8_0-but-embedding", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
-"""In `Q8_0-but-embedding` the token embedding is Q6_K. With Q8_0 there, the first layer's activations lie on a grid and
-meet exact ties when they are rounded to 8 bits, which the last bit of a float decides: builds agree on average only."""
+TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
 CONTEXT = 256
 GOLDEN = Path(__file__).parent / "goldens" / "measure" / "demo.txt"
 
@@ -31,9 +29,7 @@ def write_quantized(folder: Path, type_name: str) -> Path:
     """The same, quantized."""
     path = folder / f"{type_name}.gguf"
     if not path.exists():
-        word, _, changed = type_name.partition("-but-")
-        options = quantize_options(word, n_threads=1, embedding_type="q6_k" if changed else None)
-        quantize_file(write_base(folder), path, options)
+        quantize_file(write_base(folder), path, quantize_options(type_name, n_threads=1))
     return path
 
 

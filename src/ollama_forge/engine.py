@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-from ollama_forge.engine_process import EngineProcess, usable_threads
+from ollama_forge.engine_process import EngineProcess, default_threads
 from ollama_forge.engine_sampling import GREEDY, Sampling, loading_from_parameters, sampling_from_parameters
 from ollama_forge.errors import EngineError, ForgeError, NotFoundError
 from ollama_forge.gguf.reader import open_gguf
@@ -37,7 +37,6 @@ __all__ = [
 DEFAULT_CONTEXT_LENGTH = 4096
 LOAD_TIMEOUT_SECONDS = 600.0
 REQUEST_TIMEOUT_SECONDS = 3600.0
-SMALL_MODEL_BYTES = 16 << 20
 
 Message = Mapping[str, Any]
 """`{"role": ..., "content": ...}` and what else the model's template reads (`tool_calls`, ...)."""
@@ -244,7 +243,7 @@ class Engine:
         """The JSON documents of one answer. Closing the connection early makes llama.cpp stop generating."""
         limit = self._timeout_seconds if timeout_seconds is None else timeout_seconds
         deadline = time.monotonic() + limit
-        address = urlsplit(self._process.url)
+        address = urlsplit(self._process.reply["url"])
         connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port, timeout=limit)
         headers = {"Authorization": f"Bearer {self._process.key}", "Content-Type": "application/json"}
         try:
@@ -336,11 +335,12 @@ def open_engine(
         if not path.is_file():
             raise NotFoundError(f"There is no file {str(path)!r}", next="Check the path.")
     job = {
+        "kind": "server",
         "model": str(gguf_path.absolute()),
         "adapters": [[str(path.absolute()), scale] for path, scale in adapters],
         "projector": str(projector.absolute()) if projector else None,
         "context_length": context_length or DEFAULT_CONTEXT_LENGTH,
-        "n_threads": n_threads or _default_threads(gguf_path),
+        "n_threads": n_threads or default_threads(gguf_path),
         "n_batch": n_batch,
         "n_gpu_layers": n_gpu_layers,
         "chat_template": chat_template,
@@ -360,12 +360,6 @@ def open_engine(
     except BaseException:
         process.close()
         raise
-
-
-def _default_threads(gguf_path: Path) -> int | None:
-    """One thread for a model that fits a processor's cache: there, threads that wait for each other cost more than
-    they bring, and on a busy machine they cost hundreds of times more."""
-    return 1 if gguf_path.stat().st_size < SMALL_MODEL_BYTES else usable_threads()
 
 
 def _missing_template(gguf_path: Path) -> EngineError | None:

@@ -1,8 +1,10 @@
-"""The child process of `engine`: it loads one model into llama.cpp and serves it on a keyed loopback port.
+"""The child process of the engine: it loads one model into llama.cpp, and serves it on a keyed loopback port, or
+answers with logits over its pipes.
 
-In: one JSON line on stdin (the job). Out: one JSON line on stdout, `{"url": ...}` when the model is loaded, or
-`{"error": ...}`; llama.cpp's log on stderr. It ends when stdin ends, so it never outlives its parent.
-Run as a file, not as a module of the package: it must import nothing of ollama_forge and start in milliseconds.
+In: one JSON line on stdin (the job). Out: one JSON line on stdout, `{"url": ...}` or `{"n_vocab": ...}` when the model
+is loaded, or `{"error": ...}`; llama.cpp's log on stderr. It ends when stdin ends, so it never outlives its parent.
+Run as a file, not as a module of the package: it must start in milliseconds, and knows where packages lie only when it
+has read the job.
 """
 
 from __future__ import annotations
@@ -25,8 +27,11 @@ def main() -> None:
     sys.path[:] = job["import_path"]
     _die_with_parent(job["parent_pid"], signal.SIGKILL)
     _leave_no_core_file()
-    server = _load(job)
-    reply = {"url": server.listening_address} if not isinstance(server, str) else {"error": server}
+    loaded = _load_logits(job) if job["kind"] == "logits" else _load_server(job)
+    if isinstance(loaded, str):
+        reply = {"error": loaded}
+    else:
+        reply = {"n_vocab": loaded.n_vocab} if job["kind"] == "logits" else {"url": loaded.listening_address}
     # Before the reply: the thread that reads it may end at once, and must not take the child along.
     _die_with_parent(job["parent_pid"], 0)
     replies.write(json.dumps(reply).encode() + b"\n")
@@ -34,12 +39,26 @@ def main() -> None:
     if "error" in reply:
         # An ordinary end, so that llama.cpp's log thread writes what it still holds.
         return
+    if job["kind"] == "logits":
+        from ollama_forge.engine_logits_host import answer_requests
+
+        answer_requests(loaded, sys.stdin.buffer, replies)
     sys.stdin.buffer.read()
     # The server's destructor can wait for ever, and there is nothing to save: leave at once.
     os._exit(0)
 
 
-def _load(job: dict[str, Any]) -> Any:
+def _load_logits(job: dict[str, Any]) -> Any:
+    """The model, or the text of what went wrong."""
+    try:
+        from ollama_forge.engine_logits_host import LogitsModel
+
+        return LogitsModel(job)
+    except (ImportError, AttributeError, OSError, RuntimeError) as exc:
+        return str(exc)
+
+
+def _load_server(job: dict[str, Any]) -> Any:
     """The server that listens, or the text of what went wrong."""
     try:
         import xllamacpp

@@ -1,12 +1,13 @@
 """The life of the engine's child process: start it, wait until the model is loaded, say why it died, end it.
 
-In: a job (model, adapters, sizes). Out: a process that listens on a keyed loopback port. What is said over that port
-belongs to `engine`; what runs inside the child to `engine_host`.
+In: a job (its kind, model, adapters, sizes). Out: a process that listens on a keyed loopback port, or that is asked
+over its pipes. What is said belongs to `engine` and `engine_logits`; what runs inside the child to `engine_host`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import queue
@@ -19,10 +20,11 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from ollama_forge.errors import EngineError
 
+SMALL_MODEL_BYTES = 16 << 20
 LOG_LINES_KEPT = 200
 LOG_LINE_BYTES = 2000
 END_TIMEOUT_SECONDS = 5.0
@@ -44,7 +46,11 @@ _HOST = Path(__file__).with_name("engine_host.py")
 
 
 class EngineProcess:
-    """A running child. `url` and `key` say how to talk to it.
+    """A running child.
+
+    Attributes:
+        reply: what it said when the model was loaded: `url`, where it listens, or `n_vocab`.
+        key: to be shown where it listens.
 
     Raises:
         EngineError: the model does not load, the child dies, or loading takes longer than `timeout_seconds`.
@@ -61,7 +67,7 @@ class EngineProcess:
         self._logger = threading.Thread(target=self._read_log, daemon=True)
         self._logger.start()
         try:
-            self.url = self._load(job, timeout_seconds)
+            self.reply = self._load(job, timeout_seconds)
         except BaseException:
             self.close()
             raise
@@ -70,7 +76,42 @@ class EngineProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def _load(self, job: Mapping[str, object], timeout_seconds: float) -> str:
+    def ask(self, request: Mapping[str, object], doing: str) -> dict[str, Any]:
+        """Send a line of JSON and read the line that comes back.
+
+        Raises:
+            EngineError: the child died.
+        """
+        with contextlib.suppress(BrokenPipeError):
+            self._stdin.write(json.dumps(request).encode() + b"\n")
+            self._stdin.flush()
+        line = self._stdout.readline()
+        if not line.endswith(b"\n"):
+            raise self._broken_off(doing)
+        return cast(dict[str, Any], json.loads(line))
+
+    def read_into(self, buffer: memoryview, doing: str) -> None:
+        """Fill a buffer with the bytes that follow a reply.
+
+        Raises:
+            EngineError: the child died.
+        """
+        stdout = cast(io.BufferedReader, self._stdout)
+        n_read = 0
+        while n_read < len(buffer):
+            count = stdout.readinto(buffer[n_read:])
+            if not count:
+                raise self._broken_off(doing)
+            n_read += count
+
+    def _broken_off(self, doing: str) -> EngineError:
+        return self.death(doing) or EngineError(
+            f"llama.cpp did not {doing} with {str(self.model_path)!r}: the answer broke off",
+            why=self.last_words(),
+            next="Try again; if it happens again, check the file with `ollama-forge verify`.",
+        )
+
+    def _load(self, job: Mapping[str, object], timeout_seconds: float) -> dict[str, Any]:
         secret = {"key": self.key, "parent_pid": os.getpid(), "import_path": [entry for entry in sys.path if entry]}
         with contextlib.suppress(BrokenPipeError):
             self._stdin.write(json.dumps({**job, **secret}).encode() + b"\n")
@@ -86,8 +127,8 @@ class EngineProcess:
                 next="Wait until the machine is less busy, or try a smaller quantization or a smaller --param num_ctx.",
             ) from None
         reply = json.loads(line) if line else {}
-        if "url" in reply:
-            return str(reply["url"])
+        if reply and "error" not in reply:
+            return cast(dict[str, Any], reply)
         ending = self._ending()
         raise EngineError(
             f"llama.cpp could not load {str(self.model_path)!r}" + ("" if line else f": {ending}"),
@@ -175,3 +216,9 @@ def usable_threads() -> int | None:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
         allowed = min(allowed, max(1, int(quota) // int(period)))
     return allowed if allowed < n_cores else None
+
+
+def default_threads(gguf_path: Path) -> int | None:
+    """One thread for a model that fits a processor's cache: there, threads that wait for each other cost more than
+    they bring, and on a busy machine they cost hundreds of times more."""
+    return 1 if gguf_path.stat().st_size < SMALL_MODEL_BYTES else usable_threads()

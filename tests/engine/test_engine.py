@@ -182,7 +182,7 @@ def test_the_context_is_never_larger_than_the_models(engine: Engine, model_path:
 
 
 def test_the_port_refuses_whoever_has_no_key(engine: Engine) -> None:
-    url = engine._process.url
+    url = engine._process.reply["url"]
     assert url.startswith("http://127.0.0.1:")
     for key in (None, "wrong"):
         request = urllib.request.Request(

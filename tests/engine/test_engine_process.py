@@ -152,7 +152,7 @@ def test_an_interrupted_request_leaves_the_engine_usable(model_path: Path) -> No
 
 def test_the_child_is_gone_after_close_and_its_port_with_it(model_path: Path) -> None:
     engine = open_engine(model_path, n_threads=1)
-    port = int(engine._process.url.rsplit(":", 1)[1])
+    port = int(engine._process.reply["url"].rsplit(":", 1)[1])
     engine.close()
     engine.close()
     assert not is_running(engine.pid)
@@ -165,8 +165,8 @@ import sys
 from pathlib import Path
 from ollama_forge.engine_process import EngineProcess
 path = sys.argv[1]
-job = {"model": path, "adapters": [], "projector": None, "context_length": 64, "n_threads": 1, "n_batch": None,
-       "n_gpu_layers": None, "chat_template": None}
+job = {"kind": "server", "model": path, "adapters": [], "projector": None, "context_length": 64, "n_threads": 1,
+       "n_batch": None, "n_gpu_layers": None, "chat_template": None}
 EngineProcess(job, model_path=Path(path), timeout_seconds=600)
 """
 

@@ -75,9 +75,9 @@ def test_numbers_equal_those_of_llama_perplexity(name: str, models: Path) -> Non
     result = measured(models, name)
     assert result["perplexity"]["this"] == pytest.approx(expected["perplexity"], rel=0.02)
     assert result["perplexity"]["against"] == pytest.approx(base["perplexity"], rel=0.002)
-    # ties in rounding (measure_sources.TYPES): two builds are two samples there
-    allowed = 3 * expected["kl_error"] if name == "Q8_0" else 0.02 * expected["kl_mean"]
-    assert result["kl_divergence"]["mean"] == pytest.approx(expected["kl_mean"], abs=allowed)
+    assert result["engine"] == "llama.cpp"
+    for ours, theirs in (("mean", "kl_mean"), ("p99", "kl_p99"), ("max", "kl_max")):
+        assert result["kl_divergence"][ours] == pytest.approx(expected[theirs], rel=0.02), ours
     assert 100 * result["same_top"] == pytest.approx(expected["same_top"], abs=0.5)
 
 

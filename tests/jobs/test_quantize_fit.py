@@ -24,7 +24,8 @@ from ollama_forge.jobs.fit_measurements import cut_fit_text
 from ollama_forge.jobs.fit_result import OWN, UNCHANGED, Fit, FitRequest, parse_limit
 from ollama_forge.jobs.measure import built_in_text
 from ollama_forge.jobs.quantize_fit import fit_file
-from ollama_forge.train.scored_model import ScoreOptions, compare_files
+from ollama_forge.train.scored_model import ScoreOptions, scored_model
+from ollama_forge.train.scoring import compare
 
 CONTEXT = 256
 PASSES = 48
@@ -98,7 +99,9 @@ def test_the_cost_that_is_told_is_the_written_file_s(source: Path, home: Path, t
     fit = run(source, tmp_path / "out.gguf", limit(source, 840_000))
     with open_gguf(source) as against, open_gguf(tmp_path / "out.gguf") as this:
         windows = cut_fit_text(against, built_in_text(), 1024).judge
-        real = compare_files(this, against, windows, options=ScoreOptions(is_exact=True, device="cpu"), n_worst=0)
+        exact = ScoreOptions(is_exact=True, device="cpu")
+        with scored_model(this, options=exact) as first, scored_model(against, options=exact) as second:
+            real = compare(first, second, windows, n_worst=0)
         types = {name: tensor.type.name for name, tensor in this.tensors.items()}
     assert real.kl.mean == pytest.approx(fit.kl, rel=1e-4)
     chosen = {choice.group: choice.type for choice in fit.choices}

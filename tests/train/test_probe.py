@@ -21,7 +21,8 @@ from ollama_forge.gguf.weight_error import weight_error
 from ollama_forge.gguf.writer import write_gguf
 from ollama_forge.train import probe as probe_module
 from ollama_forge.train.probe import Probe
-from ollama_forge.train.scored_model import ScoreOptions, compare_files, scored_model
+from ollama_forge.train.scored_model import ScoreOptions, scored_model
+from ollama_forge.train.scoring import compare
 
 EXACT = ScoreOptions(is_exact=True)
 FAMILIES = ("llama", "qwen3_moe", "gemma3", "gpt2", "phi3")
@@ -50,8 +51,8 @@ def quantized(source: Path, target: Path, types: Mapping[str, GGMLType], imatrix
 
 
 def written_divergence(source: Path, target: Path) -> float:
-    with open_gguf(target) as this, open_gguf(source) as against:
-        return compare_files(this, against, windows(), options=EXACT, n_worst=0).kl.mean
+    with scored_model(target, options=EXACT) as this, scored_model(source, options=EXACT) as against:
+        return compare(this, against, windows(), n_worst=0).kl.mean
 
 
 def probed(source: Path, mixes: list[dict[str, GGMLType]], imatrix: Imatrix | None = None) -> list[float]:

@@ -18,7 +18,9 @@ from ollama_forge.cli.quantize import report_converted
 from ollama_forge.errors import UsageError
 
 if TYPE_CHECKING:
+    from ollama_forge.convert.plan import ConvertOptions
     from ollama_forge.gguf.quantize import QuantizeOptions
+    from ollama_forge.jobs.conversion import ConvertedFile
     from ollama_forge.jobs.land_options import LandOptions
     from ollama_forge.jobs.landing import LandedModel
     from ollama_forge.store.modelfile import Modelfile
@@ -61,10 +63,7 @@ def command(
     console: Console,
 ) -> None:
     """Convert weights: a Hugging Face folder to GGUF (-o), or a GGUF file to an Ollama model (--gguf --name)."""
-    from ollama_forge.jobs import conversion, landing
-    from ollama_forge.jobs.creation import Creation, create_model
-    from ollama_forge.jobs.resolve import resolve_folder
-    from ollama_forge.source.ref import looks_like_path
+    from ollama_forge.jobs import conversion
 
     if (source is None) == (gguf is None):
         raise UsageError(
@@ -84,12 +83,7 @@ def command(
                 if output is None
                 else f"ollama-forge quantize {gguf} -o {output} --type Q4_K_M",
             )
-        base = str(gguf.absolute()) if gguf.exists() or looks_like_path(str(gguf)) else str(gguf)
-        if quantize is None:
-            landed = create_model(Creation(base, changes, adapters), name, options)
-        else:
-            landed = _land_smaller(base, name, changes, options, adapters, quantize)
-        report_landed(console, landed)
+        report_landed(console, _land_gguf(gguf, name, changes, options, adapters, quantize))
         return
     assert source is not None
     if output is None:
@@ -98,24 +92,50 @@ def command(
             next=f"ollama-forge convert {source} -o model.gguf; "
             f"to land it in Ollama at once: ollama-forge import {source} --name NAME",
         )
-    folder = resolve_folder(source)
-    chosen = conversion.convert_options(outtype, quantize, n_threads=n_threads)
-    if converter == "llama.cpp":
-        if options.dry_run:
-            raise UsageError("llama.cpp's converter has no dry run", next="Leave --dry-run out.")
-        written = conversion.convert_foreign_folder(
-            folder, output, chosen, overwrite=options.overwrite, progress=console.progress
-        )
-    else:
-        written = conversion.convert_folder(
-            folder, output, chosen, overwrite=options.overwrite, dry_run=options.dry_run, progress=console.progress
-        )
-    document = {**written.document(), "dry_run": options.dry_run}
+    written = _write(
+        source, output, conversion.convert_options(outtype, quantize, n_threads=n_threads), converter, options, console
+    )
     if name is None or options.dry_run:
         report_converted(console, written, dry_run=options.dry_run)
         return
-    landed = landing.land_gguf(output, name, changes, options, adapters=adapters)
-    report_landed(console, landed, {"converted": document})
+    from ollama_forge.jobs.landing import land_gguf
+
+    landed = land_gguf(output, name, changes, options, adapters=adapters)
+    report_landed(console, landed, {"converted": {**written.document(), "dry_run": False}})
+
+
+def _write(
+    source: str, output: Path, chosen: ConvertOptions, converter: str, options: LandOptions, console: Console
+) -> ConvertedFile:
+    """A folder becomes a GGUF file; nothing of landing is loaded."""
+    from ollama_forge.jobs.conversion import convert_folder, convert_foreign_folder
+    from ollama_forge.jobs.resolve import resolve_folder
+
+    folder = resolve_folder(source)
+    if converter == "llama.cpp":
+        if options.dry_run:
+            raise UsageError("llama.cpp's converter has no dry run", next="Leave --dry-run out.")
+        return convert_foreign_folder(folder, output, chosen, overwrite=options.overwrite, progress=console.progress)
+    return convert_folder(
+        folder, output, chosen, overwrite=options.overwrite, dry_run=options.dry_run, progress=console.progress
+    )
+
+
+def _land_gguf(
+    gguf: Path,
+    name: str,
+    changes: Modelfile,
+    options: LandOptions,
+    adapters: tuple[Path, ...],
+    quantize: QuantizeOptions | None,
+) -> LandedModel:
+    from ollama_forge.jobs.creation import Creation, create_model
+    from ollama_forge.source.ref import looks_like_path
+
+    base = str(gguf.absolute()) if gguf.exists() or looks_like_path(str(gguf)) else str(gguf)
+    if quantize is None:
+        return create_model(Creation(base, changes, adapters), name, options)
+    return _land_smaller(base, name, changes, options, adapters, quantize)
 
 
 def _land_smaller(

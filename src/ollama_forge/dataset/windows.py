@@ -85,5 +85,10 @@ def make_window(ids: Sequence[int], first_scored: int = 1) -> Window:
     return Window(array("i", ids), labels)
 
 
+def longest_window(windows: Sequence[Window]) -> int:
+    """Tokens of the longest; 0 of none."""
+    return max((len(window.input_ids) for window in windows), default=0)
+
+
 def _begin(tokenizer: GGUFTokenizer) -> int | None:
     return tokenizer.bos_id if tokenizer.adds_bos else None

@@ -193,8 +193,11 @@ def dequantize(
 
 def _find_library() -> Path | None:
     named = os.environ.get(LIBRARY_VARIABLE)
-    if named:
-        return Path(named)
+    return Path(named) if named else bundled_library()
+
+
+def bundled_library() -> Path | None:
+    """The shared library inside the package xllamacpp, llama.cpp whole; None where it is not installed."""
     spec = importlib.util.find_spec("xllamacpp")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for pattern in ("xllamacpp*.so", "xllamacpp*.pyd", "xllamacpp*.dylib"):

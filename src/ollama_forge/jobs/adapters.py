@@ -119,14 +119,23 @@ def prepare_adapter(path: Path, base: ResolvedModel, scratch_dir: Path) -> Path:
     """
     with open_adapter(path) as adapter:
         fitted, _ = _settled(fit_adapter(adapter, describe_base(base_path(base))), base)
-        require_expressible(fitted)
-        if adapter.kind is AdapterKind.GGUF:
-            require_numbers(adapter)
-            return adapter.path
-        number = sum(1 for _ in scratch_dir.glob("adapter-*.gguf"))
-        output = scratch_dir / f"adapter-{number}.gguf"
-        _write_gguf(fitted, output, "auto", overwrite=False, dry_run=False)
-        return output
+        return write_fitted(fitted, scratch_dir)
+
+
+def write_fitted(fitted: FittedAdapter, scratch_dir: Path) -> Path:
+    """`prepare_adapter` of an adapter that is open and fits.
+
+    Raises:
+        AdapterError: only a merge could express it; the tensor is named.
+    """
+    require_expressible(fitted)
+    if fitted.adapter.kind is AdapterKind.GGUF:
+        require_numbers(fitted.adapter)
+        return fitted.adapter.path
+    number = sum(1 for _ in scratch_dir.glob("adapter-*.gguf"))
+    output = scratch_dir / f"adapter-{number}.gguf"
+    _write_gguf(fitted, output, "auto", overwrite=False, dry_run=False)
+    return output
 
 
 def settle_base_copies(fitted: FittedAdapter, base: Path) -> FittedAdapter:

@@ -1,7 +1,7 @@
 """What a step cost a model: two models on one text, in numbers and in words.
 
 In: two refs and a text, or a file of prompts. Out: a `Measurement`. The numbers are `train.scoring`'s; which model
-stands behind a ref is `measure_models`' business.
+stands behind a ref is `measure_models`' business, and what runs it is `measure_run`'s.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ollama_forge.dataset.chat_format import ChatFormat, chat_format_of
 from ollama_forge.dataset.prompt_windows import prompt_windows
-from ollama_forge.dataset.windows import DEFAULT_CONTEXT, Window, cut_windows, text_ids
+from ollama_forge.dataset.windows import DEFAULT_CONTEXT, Window, cut_windows, longest_window, text_ids
 from ollama_forge.errors import DatasetError, NotFoundError, TokenizerError, UsageError
 from ollama_forge.files import Progress, disk_error, no_progress
 from ollama_forge.jobs.measure_models import (
@@ -27,6 +27,7 @@ from ollama_forge.jobs.measure_models import (
     resolve_measured,
     validate_comparable,
 )
+from ollama_forge.jobs.measure_run import running_pair, takes_engine
 from ollama_forge.tokenizer.decode import decode_tokens
 from ollama_forge.tokenizer.encode import GGUFTokenizer
 
@@ -100,6 +101,7 @@ class Measurement:
         context: tokens of a window, at most.
         windows: how many.
         left_out: tokens of a text after its last whole window, or prompts that were too long.
+        engine: what ran both models: `llama.cpp`, or `torch` over the packed blocks.
         comparison: the numbers.
         places: where the two differ most, worst first.
     """
@@ -111,6 +113,7 @@ class Measurement:
     windows: int
     left_out: int
     is_exact: bool
+    engine: str
     comparison: Comparison
     places: tuple[Place, ...]
     seconds: float
@@ -139,6 +142,7 @@ class Measurement:
             "tokens": numbers.tokens,
             "left_out": self.left_out,
             "exact": self.is_exact,
+            "engine": self.engine,
             "perplexity": {
                 "this": numbers.perplexity_this.value,
                 "this_error": numbers.perplexity_this.error,
@@ -210,6 +214,7 @@ def measure(
         windows=len(material.windows),
         left_out=material.left_out,
         is_exact=request.is_exact,
+        engine="llama.cpp" if takes_engine(request.is_exact, request.device) else "torch",
         comparison=comparison,
         places=tuple(_place(chat_format.tokenizer, found) for found in comparison.worst),
         seconds=time.monotonic() - started,
@@ -286,17 +291,19 @@ def _read_text(path: Path) -> str:
 def _compare(
     this: OpenModel, against: OpenModel, material: _Material, request: MeasureRequest, progress: Progress
 ) -> Comparison:
-    from ollama_forge.train.scored_model import ScoreOptions, compare_files
+    from ollama_forge.train.scoring import compare
 
     n_tokens = sum(len(window.input_ids) for window in material.windows)
     share = material.size_bytes / max(1, n_tokens)
-    with progress("Scoring", material.size_bytes) as advance:
-        return compare_files(
-            this.gguf,
-            against.gguf,
+    longest = longest_window(material.windows)
+    with (
+        progress("Scoring", material.size_bytes) as advance,
+        running_pair(this, against, longest, is_exact=request.is_exact, device=request.device) as (first, second),
+    ):
+        return compare(
+            first,
+            second,
             material.windows,
-            adapters=(this.adapters, against.adapters),
-            options=ScoreOptions(request.is_exact, request.device),
             n_worst=request.n_worst,
             advance=lambda count: advance(int(count * share)),
         )

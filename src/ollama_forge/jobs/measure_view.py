@@ -31,6 +31,7 @@ def measured_facts(measured: Measurement) -> dict[str, str]:
         "KL median": f"{kl.median:.6f}",
         "KL 99 %": f"{kl.p99:.6f}",
         "KL max": f"{kl.max:.6f}",
+        "run by": "llama.cpp" if measured.engine == "llama.cpp" else "torch, over the packed blocks",
         "same top token": f"{100 * numbers.same_top.value:.2f} % ± {100 * numbers.same_top.error:.2f} %",
     }
 

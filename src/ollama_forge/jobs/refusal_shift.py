@@ -1,7 +1,7 @@
 """How far a model moved from the one that it was made from: along harmless answers, and on a text.
 
 In: both models, and what the original answered. Out: `AnswerShift`: the divergence of the first token, of all tokens of
-these answers, and perplexities. The weights are read packed, with their adapters, and multiplied as llama.cpp does.
+these answers, and perplexities. Both run as they do in Ollama, with their adapters.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ollama_forge.dataset.chat_format import chat_format_of
-from ollama_forge.dataset.windows import DEFAULT_CONTEXT, Window, cut_windows, text_ids
+from ollama_forge.dataset.windows import DEFAULT_CONTEXT, Window, cut_windows, longest_window, text_ids
 from ollama_forge.errors import UnsupportedError
 from ollama_forge.jobs.measure import built_in_text
 from ollama_forge.jobs.measure_models import (
@@ -24,6 +24,7 @@ from ollama_forge.jobs.measure_models import (
     require_packages,
     validate_comparable,
 )
+from ollama_forge.jobs.measure_run import running_pair
 from ollama_forge.jobs.refusal_answers import GivenAnswer
 from ollama_forge.jobs.resolve import ResolvedModel
 
@@ -108,10 +109,10 @@ def _text(this: OpenModel, against: OpenModel) -> tuple[Window, ...]:
 def _compare(
     this: OpenModel, against: OpenModel, pairs: Sequence[Pair], own: Sequence[Pair], text: Sequence[Window]
 ) -> AnswerScores:
-    from ollama_forge.train.answer_shift import compare_answers
-    from ollama_forge.train.scored_model import scored_model
+    from ollama_forge.train.answer_shift import answer_windows, compare_answers
 
-    with scored_model(this.gguf, this.adapters) as first, scored_model(against.gguf, against.adapters) as second:
+    longest = longest_window((*answer_windows([*pairs, *own]), *text))
+    with running_pair(this, against, longest) as (first, second):
         return compare_answers(first, second, pairs, own, text)
 
 

@@ -1,6 +1,6 @@
 """Two models on the same answers: how far the predictions of one lie from the other's, at the first token and along.
 
-In: two packed models, (prompt, answer) pairs as token ids, and windows of a text. Out: `AnswerScores`. The sums are
+In: two models, (prompt, answer) pairs as token ids, and windows of a text. Out: `AnswerScores`. The sums are
 `scoring`'s.
 """
 
@@ -14,8 +14,7 @@ import torch
 
 from ollama_forge.dataset.verdicts import SURPRISE_TOKENS
 from ollama_forge.dataset.windows import Window, make_window
-from ollama_forge.train.load import PackedModel
-from ollama_forge.train.scoring import Comparison, Model, compare, score
+from ollama_forge.train.scoring import Comparison, Scored, compare, score, vocabulary_size
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """Token ids of a prompt, and of the answer to it."""
@@ -39,7 +38,7 @@ class AnswerScores:
 
 
 def compare_answers(
-    this: Model, against: Model, pairs: Sequence[Pair], own: Sequence[Pair] = (), text: Sequence[Window] = ()
+    this: Scored, against: Scored, pairs: Sequence[Pair], own: Sequence[Pair] = (), text: Sequence[Window] = ()
 ) -> AnswerScores:
     """Compare on every token of the answers, none of which is empty, and on a text.
 
@@ -59,7 +58,7 @@ def compare_answers(
     )
 
 
-def find_surprises(model: Model, pairs: Sequence[Pair]) -> list[float | None]:
+def find_surprises(model: Scored, pairs: Sequence[Pair]) -> list[float | None]:
     """For each answer the median of -ln(probability) / ln(vocabulary) over its tokens; None for a very short one.
 
     Raises:
@@ -70,8 +69,7 @@ def find_surprises(model: Model, pairs: Sequence[Pair]) -> list[float | None]:
     if not wanted:
         return found
     log_probs = score(model, answer_windows([pairs[index] for index in wanted])).log_probs
-    inner = model.model if isinstance(model, PackedModel) else model
-    largest = math.log(inner.get_output_embeddings().out_features)  # type: ignore[operator]
+    largest = math.log(vocabulary_size(model))
     start = 0
     for index in wanted:
         end = start + len(pairs[index][1])

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers.utils import logging as transformers_logging
 
-from ollama_forge.dataset.windows import Window
 from ollama_forge.errors import UsageError
 from ollama_forge.gguf.reader import GGUFFile, open_gguf
 from ollama_forge.train.attach import attached
 from ollama_forge.train.engine_rounding import engine_rounding
 from ollama_forge.train.load import PackedModel, load_packed
-from ollama_forge.train.scoring import N_WORST, Comparison, compare
 from ollama_forge.transform.lora import WeightedAdapter
 
 SMALL_MODEL_BYTES = 16 << 20
@@ -70,26 +68,6 @@ def _made_ready(gguf: GGUFFile, adapters: Sequence[WeightedAdapter], options: Sc
         if not options.is_exact:
             undo.enter_context(engine_rounding(packed))
         yield packed
-
-
-def compare_files(
-    this: GGUFFile,
-    against: GGUFFile,
-    windows: Sequence[Window],
-    *,
-    adapters: tuple[Sequence[WeightedAdapter], Sequence[WeightedAdapter]] = ((), ()),
-    options: ScoreOptions | None = None,
-    n_worst: int = N_WORST,
-    advance: Callable[[int], None] | None = None,
-) -> Comparison:
-    """`scoring.compare` of two open files, each with its adapters."""
-    options = options or ScoreOptions()
-    with (
-        _few_threads(max(this.size_bytes, against.size_bytes)),
-        _made_ready(this, adapters[0], options) as first,
-        _made_ready(against, adapters[1], options) as second,
-    ):
-        return compare(first, second, windows, n_worst=n_worst, advance=advance)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
 """How well a model predicts a text, and how far two models' predictions lie apart.
 
-In: two models (packed GGUFs, or any transformers model) with one vocabulary, and `dataset.windows.Window`s. Out:
-perplexities, the Kullback-Leibler divergence KL(against || this) of every scored token in nats, how often both prefer
-the same token, and where they differ most. Logits exist for a few hundred tokens at a time, never for a whole text.
+In: two models (packed GGUFs, any transformers model, or llama.cpp itself) with one vocabulary, and
+`dataset.windows.Window`s. Out: perplexities, the Kullback-Leibler divergence KL(against || this) of every scored token
+in nats, how often both prefer the same token, and where they differ most. Logits exist for a few hundred tokens at a
+time, never for a whole text.
 
 Every number is computed in float64 from float32 logits, so that a model against itself gives 0. The definitions are
 those of llama.cpp's tool (tools/perplexity/perplexity.cpp), so that numbers can be compared.
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 
 from ollama_forge.dataset.windows import NOT_SCORED, Window
+from ollama_forge.engine_logits import LogitsEngine
 from ollama_forge.errors import TrainingError, UnsupportedError
 from ollama_forge.train.comparison import Comparison, ComparisonTable, Estimate, perplexity_of, require_finite
 from ollama_forge.train.load import PackedModel
@@ -35,6 +37,8 @@ _SCALE_KEYS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_mu
 
 Model = PackedModel | nn.Module
 """A packed GGUF, a transformers causal language model, or one inside peft's wrapper."""
+Scored = Model | LogitsEngine
+"""What can be scored: a model here, or one in llama.cpp's hands."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +71,7 @@ class Reference:
     windows: tuple[Window, ...]
 
 
-def score(model: Model, windows: Sequence[Window], advance: Callable[[int], None] | None = None) -> TextScore:
+def score(model: Scored, windows: Sequence[Window], advance: Callable[[int], None] | None = None) -> TextScore:
     """Log-probabilities of the scored tokens, and the perplexity.
 
     Args:
@@ -75,22 +79,22 @@ def score(model: Model, windows: Sequence[Window], advance: Callable[[int], None
 
     Raises:
         TrainingError: nothing is scored, a token lies outside the vocabulary, or the model's numbers are not finite.
+        EngineError: as `engine_logits`.
     """
     _require_scored(windows)
-    reader = _Reader(model)
+    if isinstance(model, LogitsEngine):
+        pieces = _engine_pieces(model, windows, advance)
+    else:
+        pieces = _pieces(model, windows, advance)
     parts = []
-    for batch in _batches(windows):
-        hidden, labels = reader.states(batch)
-        for chunk in _chunks(len(labels), reader.n_vocab):
-            logits = reader.logits(hidden[chunk])
-            parts += [_log_probs(logits[rows], labels[chunk][rows]) for rows in _tiles(logits)]
-        _tell(advance, batch)
+    for logits, labels in pieces:
+        parts += [_log_probs(logits[rows], labels[rows]) for rows in _tiles(logits)]
     log_probs = torch.cat(parts)
     require_finite(log_probs)
     return TextScore(len(log_probs), perplexity_of(-log_probs), log_probs)
 
 
-def perplexity(model: Model, windows: Sequence[Window]) -> float:
+def perplexity(model: Scored, windows: Sequence[Window]) -> float:
     """e to the mean negative log-probability of the scored tokens."""
     return score(model, windows).perplexity.value
 
@@ -113,8 +117,8 @@ def capture_reference(
 
 
 def compare(
-    this: Model,
-    against: Model | Reference,
+    this: Scored,
+    against: Scored | Reference,
     windows: Sequence[Window],
     *,
     n_worst: int = N_WORST,
@@ -124,27 +128,53 @@ def compare(
 
     Args:
         this: the model that is judged.
-        against: what it should be like, or what `capture_reference` kept of it for these very windows.
+        against: what it should be like, run as `this` is; or what `capture_reference` kept of it for these windows.
         advance: told of the tokens that were read.
 
     Raises:
         TrainingError: as `score`; or the models have vocabularies of different sizes.
+        EngineError: as `engine_logits`.
     """
     _require_scored(windows)
-    reader = _Reader(this)
+    table = ComparisonTable(n_worst)
+    if isinstance(this, LogitsEngine) and isinstance(against, LogitsEngine):
+        pairs = _engine_pairs(this, against, windows, advance)
+    else:
+        assert not isinstance(this, LogitsEngine) and not isinstance(against, LogitsEngine)
+        pairs = _pairs(this, against, windows, advance)
+    for mine, theirs, labels, places in pairs:
+        for rows in _tiles(mine):
+            table.add(mine[rows], theirs[rows], labels[rows], places[rows])
+    return table.comparison(windows)
+
+
+def vocabulary_size(model: Scored) -> int:
+    """Tokens that the model knows."""
+    return model.n_vocab if isinstance(model, LogitsEngine) else _Reader(model).n_vocab
+
+
+_Advance = Callable[[int], None] | None
+_Piece = tuple[torch.Tensor, torch.Tensor]  # logits [n, vocabulary], tokens [n]
+_Pair = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # logits of both, tokens [n], places [n, 2]
+
+
+def _pieces(model: Model, windows: Sequence[Window], advance: _Advance) -> Iterator[_Piece]:
+    reader = _Reader(model)
+    for batch in _batches(windows):
+        hidden, labels = reader.states(batch)
+        for chunk in _chunks(len(labels), reader.n_vocab):
+            yield reader.logits(hidden[chunk]), labels[chunk]
+        _tell(advance, batch)
+
+
+def _pairs(this: Model, against: Model | Reference, windows: Sequence[Window], advance: _Advance) -> Iterator[_Pair]:
     captured = against if isinstance(against, Reference) else None
-    other = _Reader(against.model if isinstance(against, Reference) else against)
+    reader, other = _Reader(this), _Reader(against.model if isinstance(against, Reference) else against)
     if captured and captured.windows != tuple(windows):
         raise TrainingError(
             "The reference was computed on other windows", next="Compute it again for the windows that are compared."
         )
-    if reader.n_vocab != other.n_vocab:
-        raise TrainingError(
-            f"The models have vocabularies of {reader.n_vocab:,} and {other.n_vocab:,} tokens",
-            why="Probabilities can be compared token by token only.",
-            next="Compare models that were made from the same base.",
-        )
-    table = ComparisonTable(n_worst)
+    _require_one_size(reader.n_vocab, other.n_vocab)
     start = 0
     for batch in _batches(windows):
         hidden, labels = reader.states(batch)
@@ -155,11 +185,67 @@ def compare(
         start += len(labels)
         places = _places(batch)
         for chunk in _chunks(len(labels), reader.n_vocab):
-            pair = reader.logits(hidden[chunk]), other.logits(theirs[chunk])
-            for rows in _tiles(pair[0]):
-                table.add(pair[0][rows], pair[1][rows], labels[chunk][rows], places[chunk][rows])
+            yield reader.logits(hidden[chunk]), other.logits(theirs[chunk]), labels[chunk], places[chunk]
         _tell(advance, batch)
-    return table.comparison(windows)
+
+
+def _engine_pieces(model: LogitsEngine, windows: Sequence[Window], advance: _Advance) -> Iterator[_Piece]:
+    for batch in _single(windows):
+        labels = _scored_labels(batch[0][1], model.n_vocab)
+        start = 0
+        for logits in model.logits(batch[0][1].input_ids, _predicts(batch[0][1])):
+            yield torch.from_numpy(logits), labels[start : start + len(logits)]
+            start += len(logits)
+        _tell(advance, batch)
+
+
+def _engine_pairs(
+    this: LogitsEngine, against: LogitsEngine, windows: Sequence[Window], advance: _Advance
+) -> Iterator[_Pair]:
+    """The two take turns, so that each has the whole machine while it computes."""
+    _require_one_size(this.n_vocab, against.n_vocab)
+    for batch in _single(windows):
+        window, places = batch[0][1], _places(batch)
+        labels, wanted = _scored_labels(window, this.n_vocab), _predicts(window)
+        start = 0
+        both = (model.logits(window.input_ids, wanted) for model in (this, against))
+        for mine, theirs in zip(*both, strict=True):
+            rows = slice(start, start + len(mine))
+            yield torch.from_numpy(mine), torch.from_numpy(theirs), labels[rows], places[rows]
+            start += len(mine)
+        _tell(advance, batch)
+
+
+def _single(windows: Sequence[Window]) -> Iterator[list[tuple[int, Window]]]:
+    return ([(index, window)] for index, window in enumerate(windows) if window.n_scored)
+
+
+def _predicts(window: Window) -> list[bool]:
+    """Of each token, whether the one behind it is scored."""
+    return [label != NOT_SCORED for label in window.labels[1:]] + [False]
+
+
+def _scored_labels(window: Window, n_vocab: int) -> torch.Tensor:
+    labels = torch.tensor([label for label in window.labels[1:] if label != NOT_SCORED])
+    _require_known(labels, n_vocab)
+    return labels
+
+
+def _require_known(labels: torch.Tensor, n_vocab: int) -> None:
+    if int(labels.max()) >= n_vocab:
+        raise TrainingError(
+            f"The token {int(labels.max())} lies outside the vocabulary of {n_vocab:,}",
+            next="Tokenize with the tokenizer of this very model.",
+        )
+
+
+def _require_one_size(this: int, against: int) -> None:
+    if this != against:
+        raise TrainingError(
+            f"The models have vocabularies of {this:,} and {against:,} tokens",
+            why="Probabilities can be compared token by token only.",
+            next="Compare models that were made from the same base.",
+        )
 
 
 class _Reader:
@@ -192,11 +278,7 @@ class _Reader:
             labels[row, : len(window.labels)] = torch.tensor(window.labels)
         wanted = labels[:, 1:]
         mask = wanted != NOT_SCORED
-        if int(wanted.max()) >= self.n_vocab:
-            raise TrainingError(
-                f"The token {int(wanted.max())} lies outside the vocabulary of {self.n_vocab:,}",
-                next="Tokenize with the tokenizer of this very model.",
-            )
+        _require_known(wanted, self.n_vocab)
         was_training = self._inner.training
         self._inner.eval()
         # what pads a row stands behind its tokens, where causal attention never looks
