@@ -25,6 +25,7 @@ LAYERS = [
     ["engine_host"],
     ["engine_process", "engine_sampling"],
     ["engine", "engine_logits"],
+    ["measure"],
     ["store"],
     ["train"],
     ["registry"],

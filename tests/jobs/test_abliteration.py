@@ -62,9 +62,10 @@ def ask(path: Path, adapters: tuple[tuple[Path, float], ...] = ()) -> Behaviour:
 
 def harmless_kl(this: Path, against: Path) -> float:
     """Mean KL in nats over the tokens of the untouched model's answers to harmless prompts."""
+    from ollama_forge.measure.answer_shift import compare_answers
     from ollama_forge.train.ablation_trials import generate_greedily
-    from ollama_forge.train.answer_shift import compare_answers
     from ollama_forge.train.scored_model import scored_model
+    from ollama_forge.train.scoring import PackedPair
 
     prompts = [example.messages for example in world.held_out_tasks()[::8]]
     with open_gguf(against) as file:
@@ -72,7 +73,8 @@ def harmless_kl(this: Path, against: Path) -> float:
     ids = [render_prompt(chat_format, messages) for messages in prompts]
     with scored_model(this) as edited, scored_model(against) as untouched:
         answers = generate_greedily(untouched, ids, chat_format.end_ids, 24)
-        return compare_answers(edited, untouched, list(zip(ids, answers, strict=True))).answers.kl.mean
+        pairs = list(zip(ids, answers, strict=True))
+        return compare_answers(PackedPair(edited, untouched), pairs).answers.kl.mean
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)

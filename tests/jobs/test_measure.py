@@ -1,6 +1,8 @@
 """`measure` judged by llama.cpp (its perplexity tool's numbers, the engine's probabilities) and by plain sense."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +272,27 @@ def test_a_path_with_a_plus_in_its_name_is_a_path(models: Path, tmp_path: Path) 
     path.write_bytes((models / "Q8_0.gguf").read_bytes())
     result = forge_json("measure", path, "--against", models / "Q8_0.gguf", "--text", models / "text.txt")
     assert result["kl_divergence"]["max"] == 0
+
+
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "transformers", "accelerate", "matplotlib"):
+    sys.modules[name] = None
+from ollama_forge.cli import main
+raise SystemExit(main(sys.argv[1:]))
+"""
+
+
+def test_nothing_but_the_package_itself_is_needed(models: Path) -> None:
+    pair = ("measure", str(models / "Q4_K_M.gguf"), "--against", str(models / "base.gguf"))
+    argv = [sys.executable, "-c", WITHOUT_TORCH, *pair, "--text", str(models / "text.txt"), "--json"]
+    bare = json.loads(subprocess.run(argv, capture_output=True, check=True).stdout)
+    again = forge_json(*pair, "--text", models / "text.txt")
+    assert bare["kl_divergence"] == again["kl_divergence"]
+    for flag, words in (("--exact", "torch"), ("--html=page.html", "matplotlib")):
+        ended = subprocess.run([*argv, flag], capture_output=True, check=False)
+        assert ended.returncode == 1
+        assert words in json.loads(ended.stdout)["error"]["what"]
 
 
 def test_without_torch_the_way_to_get_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

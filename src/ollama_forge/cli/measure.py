@@ -54,8 +54,10 @@ def command(
     """
     from ollama_forge.files import refuse_existing
     from ollama_forge.jobs.measure import MeasureRequest, measure
+    from ollama_forge.jobs.measure_models import require_matplotlib
 
     if html_path is not None:
+        require_matplotlib()
         refuse_existing(html_path, overwrite=force)
     request = MeasureRequest(text, prompts, context, exact, device)
     measured = measure(ref, against, request, store_path=store_path, progress=console.progress)

@@ -30,9 +30,9 @@ def measure_options(function: Command) -> Command:
                 raise UsageError("--measure-text goes with --measure", next="Add --measure.")
             return function(*args, measuring=None, **kwargs)
         from ollama_forge.jobs.measure import MeasureRequest
-        from ollama_forge.jobs.measure_models import require_packages
+        from ollama_forge.jobs.measure_run import takes_engine
 
-        require_packages()
+        takes_engine()
         if measure_text is not None and not measure_text.is_file():
             raise UsageError(f"There is no text {str(measure_text)!r}", next="Check the path behind --measure-text.")
         return function(*args, measuring=MeasureRequest(text=measure_text), **kwargs)

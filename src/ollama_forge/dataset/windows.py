@@ -85,6 +85,11 @@ def make_window(ids: Sequence[int], first_scored: int = 1) -> Window:
     return Window(array("i", ids), labels)
 
 
+def scored_places(index: int, window: Window) -> list[tuple[int, int]]:
+    """(index, position) of each scored token of the window with that index."""
+    return [(index, position) for position, label in enumerate(window.labels) if position and label != NOT_SCORED]
+
+
 def longest_window(windows: Sequence[Window]) -> int:
     """Tokens of the longest; 0 of none."""
     return max((len(window.input_ids) for window in windows), default=0)

@@ -1,6 +1,6 @@
 """What a step cost a model: two models on one text, in numbers and in words.
 
-In: two refs and a text, or a file of prompts. Out: a `Measurement`. The numbers are `train.scoring`'s; which model
+In: two refs and a text, or a file of prompts. Out: a `Measurement`. The numbers are `measure.comparison`'s; which model
 stands behind a ref is `measure_models`' business, and what runs it is `measure_run`'s.
 """
 
@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ollama_forge.dataset.chat_format import ChatFormat, chat_format_of
 from ollama_forge.dataset.prompt_windows import prompt_windows
@@ -23,16 +23,13 @@ from ollama_forge.jobs.measure_models import (
     MeasuredModel,
     OpenModel,
     open_measured,
-    require_packages,
     resolve_measured,
     validate_comparable,
 )
 from ollama_forge.jobs.measure_run import running_pair, takes_engine
+from ollama_forge.measure.comparison import Comparison, Divergence, Top
 from ollama_forge.tokenizer.decode import decode_tokens
 from ollama_forge.tokenizer.encode import GGUFTokenizer
-
-if TYPE_CHECKING:
-    from ollama_forge.train.comparison import Comparison, Divergence
 
 BUILT_IN = "the text of this package"
 PROMPT_CONTEXT = 4096
@@ -197,7 +194,7 @@ def measure(
     """
     started = time.monotonic()
     request = request or MeasureRequest()
-    require_packages()
+    is_run_by_engine = takes_engine(request.is_exact, request.device)
     this, other = (resolve_measured(item, store_path) if isinstance(item, str) else item for item in (ref, against))
     with contextlib.ExitStack() as files:
         scratch = Path(files.enter_context(tempfile.TemporaryDirectory(prefix="ollama-forge-")))
@@ -214,7 +211,7 @@ def measure(
         windows=len(material.windows),
         left_out=material.left_out,
         is_exact=request.is_exact,
-        engine="llama.cpp" if takes_engine(request.is_exact, request.device) else "torch",
+        engine="llama.cpp" if is_run_by_engine else "torch",
         comparison=comparison,
         places=tuple(_place(chat_format.tokenizer, found) for found in comparison.worst),
         seconds=time.monotonic() - started,
@@ -291,18 +288,14 @@ def _read_text(path: Path) -> str:
 def _compare(
     this: OpenModel, against: OpenModel, material: _Material, request: MeasureRequest, progress: Progress
 ) -> Comparison:
-    from ollama_forge.train.scoring import compare
-
     n_tokens = sum(len(window.input_ids) for window in material.windows)
     share = material.size_bytes / max(1, n_tokens)
     longest = longest_window(material.windows)
     with (
         progress("Scoring", material.size_bytes) as advance,
-        running_pair(this, against, longest, is_exact=request.is_exact, device=request.device) as (first, second),
+        running_pair(this, against, longest, is_exact=request.is_exact, device=request.device) as models,
     ):
-        return compare(
-            first,
-            second,
+        return models.compare(
             material.windows,
             n_worst=request.n_worst,
             advance=lambda count: advance(int(count * share)),
@@ -310,7 +303,7 @@ def _compare(
 
 
 def _place(tokenizer: GGUFTokenizer, found: Divergence) -> Place:
-    def named(top: tuple[tuple[int, float], ...]) -> tuple[tuple[str, float], ...]:
+    def named(top: Top) -> tuple[tuple[str, float], ...]:
         return tuple((decode_tokens(tokenizer, [token_id]), share) for token_id, share in top)
 
     return Place(

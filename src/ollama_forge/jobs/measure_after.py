@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ollama_forge.errors import AdapterError, ForgeError
 from ollama_forge.files import Progress, no_progress
 from ollama_forge.jobs.measure import Measurement, MeasureRequest, measure
-from ollama_forge.jobs.measure_models import MeasuredModel, require_packages, resolve_measured
+from ollama_forge.jobs.measure_models import MeasuredModel, resolve_measured
 from ollama_forge.jobs.merging import MergeInput
 from ollama_forge.jobs.resolve import ResolvedModel
 
@@ -72,15 +72,6 @@ def measure_merged(
         measured = measure(this, MeasuredModel(base.text, base), request, progress=progress)
         said = f"Measured against the base without its adapters, which cannot be run on it: {exc.what}"
         return replace(measured, warnings=(*measured.warnings, said))
-
-
-def require_measurable() -> None:
-    """Refuse before the work what could not be measured after it.
-
-    Raises:
-        MissingExtraError: torch is not installed.
-    """
-    require_packages()
 
 
 def record_scores(digest: str, scores: Mapping[str, float], registry_path: Path | None = None) -> tuple[str, ...]:

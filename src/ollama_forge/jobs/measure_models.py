@@ -68,6 +68,16 @@ def require_packages() -> None:
         raise MissingExtraError(f"Measuring needs {', '.join(missing)}", next="pip install 'ollama-forge[train]'")
 
 
+def require_matplotlib() -> None:
+    """Refuse to begin what ends with a picture that nothing here can draw.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    if not importlib.util.find_spec("matplotlib"):
+        raise MissingExtraError("Drawing needs matplotlib", next="pip install 'ollama-forge[train]'")
+
+
 def resolve_measured(text: str, store_path: Path | None = None) -> MeasuredModel:
     """Find a model and the adapters that are typed behind it with `+`.
 

@@ -71,7 +71,7 @@ def write_measure_page(measured: Measurement, path: Path, *, overwrite: bool = F
     Raises:
         ExistsError: the file is there and `overwrite` is false.
     """
-    from ollama_forge.train.measure_report import render_measure_page
+    from ollama_forge.measure.page import render_measure_page
 
     page = render_measure_page(
         f"{measured.this} beside {measured.against}",

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import base64
 import html
-import importlib.util
 from pathlib import Path
 
-from ollama_forge.errors import MissingExtraError, UsageError
+from ollama_forge.errors import UsageError
 from ollama_forge.files import refuse_existing, write_bytes
+from ollama_forge.jobs.measure_models import require_matplotlib
 from ollama_forge.jobs.pruning import PrunedModel
 from ollama_forge.transform.ranking import render_layers
 
@@ -35,8 +35,7 @@ def require_plot(path: Path, *, overwrite: bool) -> None:
         raise UsageError(
             f"--plot {str(path)!r} is neither a .png nor a .html file", next="Example: --plot ranking.html"
         )
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError("Drawing needs matplotlib", next="pip install 'ollama-forge[train]'")
+    require_matplotlib()
     refuse_existing(path, overwrite=overwrite)
 
 

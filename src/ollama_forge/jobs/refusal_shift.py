@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ollama_forge.dataset.chat_format import chat_format_of
 from ollama_forge.dataset.windows import DEFAULT_CONTEXT, Window, cut_windows, longest_window, text_ids
@@ -21,15 +21,12 @@ from ollama_forge.jobs.measure_models import (
     MeasuredModel,
     OpenModel,
     open_measured,
-    require_packages,
     validate_comparable,
 )
 from ollama_forge.jobs.measure_run import running_pair
 from ollama_forge.jobs.refusal_answers import GivenAnswer
 from ollama_forge.jobs.resolve import ResolvedModel
-
-if TYPE_CHECKING:
-    from ollama_forge.train.answer_shift import AnswerScores, Pair
+from ollama_forge.measure.answer_shift import AnswerScores, Pair, answer_windows, compare_answers
 
 
 @dataclass(frozen=True)
@@ -79,9 +76,8 @@ def measure_shift(
     Raises:
         MissingExtraError: training's extra is not installed.
         UnsupportedError: a family without rows, or no answer at all.
-        UsageError: the vocabularies differ. AdapterError, TrainingError: as `measure_models` and `train.scoring` say.
+        UsageError: the vocabularies differ. AdapterError, TrainingError: as `measure_models` and `measure.pair` say.
     """
-    require_packages()
     pairs = [(answer.prompt_ids, answer.token_ids) for answer in answers if answer.token_ids]
     if not pairs:
         raise UnsupportedError(f"{against.text!r} gave no answer to any harmless prompt")
@@ -109,11 +105,9 @@ def _text(this: OpenModel, against: OpenModel) -> tuple[Window, ...]:
 def _compare(
     this: OpenModel, against: OpenModel, pairs: Sequence[Pair], own: Sequence[Pair], text: Sequence[Window]
 ) -> AnswerScores:
-    from ollama_forge.train.answer_shift import answer_windows, compare_answers
-
     longest = longest_window((*answer_windows([*pairs, *own]), *text))
-    with running_pair(this, against, longest) as (first, second):
-        return compare_answers(first, second, pairs, own, text)
+    with running_pair(this, against, longest) as models:
+        return compare_answers(models, pairs, own, text)
 
 
 def _summary(scores: AnswerScores) -> AnswerShift:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from torch import nn
 
 from ollama_forge.arch.rows import Role
 from ollama_forge.errors import TrainingError
-from ollama_forge.train.answer_shift import answer_windows, find_surprises, first_places
+from ollama_forge.measure.answer_shift import answer_windows, find_surprises, first_places
 from ollama_forge.train.load import PackedModel
-from ollama_forge.train.scoring import Reference, capture_reference, compare
+from ollama_forge.train.scoring import Reference, capture_reference, compare, score, vocabulary_size
 from ollama_forge.transform.projection import Projection
 
 BATCH_ROWS = 32
@@ -79,7 +80,9 @@ class TrialModel:
             answers = self._answer(self._harmful)
             found = compare(self._packed, self._reference, self._reference.windows, n_worst=0)
         first = found.kl_values[first_places(self._pairs)]
-        surprises = find_surprises(self._packed, list(zip(self._harmful, answers, strict=True)))
+        surprises = find_surprises(
+            partial(score, self._packed), list(zip(self._harmful, answers, strict=True)), vocabulary_size(self._packed)
+        )
         return TrialAnswers(answers, tuple(surprises), float(first.mean()), found.kl.mean)
 
     def _answer(self, prompts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:

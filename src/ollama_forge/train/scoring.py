@@ -1,12 +1,10 @@
 """How well a model predicts a text, and how far two models' predictions lie apart.
 
-In: two models (packed GGUFs, any transformers model, or llama.cpp itself) with one vocabulary, and
-`dataset.windows.Window`s. Out: perplexities, the Kullback-Leibler divergence KL(against || this) of every scored token
-in nats, how often both prefer the same token, and where they differ most. Logits exist for a few hundred tokens at a
-time, never for a whole text.
+In: two models (packed GGUFs, or any transformers model) with one vocabulary, and `dataset.windows.Window`s. Out: what
+`measure.comparison` makes of their logits, which exist for a few hundred tokens at a time, never for a whole text.
+`measure.pair` does the same with models in llama.cpp's hands.
 
-Every number is computed in float64 from float32 logits, so that a model against itself gives 0. The definitions are
-those of llama.cpp's tool (tools/perplexity/perplexity.cpp), so that numbers can be compared.
+Every number is computed in float64 from float32 logits, so that a model against itself gives 0.
 
 One reference against many candidates: `capture_reference` once, then `compare(candidate, reference, windows)`. It keeps
 hidden states (width numbers for a token), not probabilities (vocabulary numbers), and so is exact and small.
@@ -18,42 +16,36 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from ollama_forge.dataset.windows import NOT_SCORED, Window
-from ollama_forge.engine_logits import LogitsEngine
+from ollama_forge.dataset.windows import NOT_SCORED, Window, scored_places
 from ollama_forge.errors import TrainingError, UnsupportedError
-from ollama_forge.train.comparison import Comparison, ComparisonTable, Estimate, perplexity_of, require_finite
+from ollama_forge.measure.comparison import (
+    N_WORST,
+    Comparison,
+    ComparisonTable,
+    TextScore,
+    TokenScores,
+    require_known,
+    require_one_size,
+    require_scored,
+    text_score,
+)
+from ollama_forge.measure.logits import likeliest
 from ollama_forge.train.load import PackedModel
 
 LOGITS_BYTES = 96 << 20
 """Of one model's logits at one time; comparing holds two such pieces."""
 BATCH_TOKENS = 2048
 """Tokens that run through the layers together: each layer is dequantized once for all of them."""
-N_WORST = 10
 _TILE_BYTES = 2 << 20  # turned into probabilities while in the processor's cache
 _SCALE_KEYS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
 Model = PackedModel | nn.Module
 """A packed GGUF, a transformers causal language model, or one inside peft's wrapper."""
-Scored = Model | LogitsEngine
-"""What can be scored: a model here, or one in llama.cpp's hands."""
-
-
-@dataclass(frozen=True, eq=False)
-class TextScore:
-    """One model on some windows.
-
-    Attributes:
-        tokens: scored.
-        perplexity: e to the mean negative log-probability.
-        log_probs: float64 [tokens], natural logarithms, in the order of the windows.
-    """
-
-    tokens: int
-    perplexity: Estimate
-    log_probs: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +63,7 @@ class Reference:
     windows: tuple[Window, ...]
 
 
-def score(model: Scored, windows: Sequence[Window], advance: Callable[[int], None] | None = None) -> TextScore:
+def score(model: Model, windows: Sequence[Window], advance: Callable[[int], None] | None = None) -> TextScore:
     """Log-probabilities of the scored tokens, and the perplexity.
 
     Args:
@@ -79,24 +71,27 @@ def score(model: Scored, windows: Sequence[Window], advance: Callable[[int], Non
 
     Raises:
         TrainingError: nothing is scored, a token lies outside the vocabulary, or the model's numbers are not finite.
-        EngineError: as `engine_logits`.
     """
-    _require_scored(windows)
-    if isinstance(model, LogitsEngine):
-        pieces = _engine_pieces(model, windows, advance)
-    else:
-        pieces = _pieces(model, windows, advance)
+    require_scored(windows)
+    reader = _Reader(model)
     parts = []
-    for logits, labels in pieces:
-        parts += [_log_probs(logits[rows], labels[rows]) for rows in _tiles(logits)]
-    log_probs = torch.cat(parts)
-    require_finite(log_probs)
-    return TextScore(len(log_probs), perplexity_of(-log_probs), log_probs)
+    for batch in _batches(windows):
+        hidden, labels = reader.states(batch)
+        for chunk in _chunks(len(labels), reader.n_vocab):
+            logits = reader.logits(hidden[chunk])
+            parts += [_log_probs(logits[rows], labels[chunk][rows]) for rows in _tiles(logits)]
+        _tell(advance, batch)
+    return text_score(torch.cat(parts).numpy())
 
 
-def perplexity(model: Scored, windows: Sequence[Window]) -> float:
+def perplexity(model: Model, windows: Sequence[Window]) -> float:
     """e to the mean negative log-probability of the scored tokens."""
     return score(model, windows).perplexity.value
+
+
+def vocabulary_size(model: Model) -> int:
+    """Tokens that the model knows."""
+    return _Reader(model).n_vocab
 
 
 def capture_reference(
@@ -107,7 +102,7 @@ def capture_reference(
     Raises:
         TrainingError: as `score`.
     """
-    _require_scored(windows)
+    require_scored(windows)
     reader = _Reader(model)
     parts = []
     for batch in _batches(windows):
@@ -117,8 +112,8 @@ def capture_reference(
 
 
 def compare(
-    this: Scored,
-    against: Scored | Reference,
+    this: Model,
+    against: Model | Reference,
     windows: Sequence[Window],
     *,
     n_worst: int = N_WORST,
@@ -128,53 +123,21 @@ def compare(
 
     Args:
         this: the model that is judged.
-        against: what it should be like, run as `this` is; or what `capture_reference` kept of it for these windows.
+        against: what it should be like, or what `capture_reference` kept of it for these very windows.
         advance: told of the tokens that were read.
 
     Raises:
         TrainingError: as `score`; or the models have vocabularies of different sizes.
-        EngineError: as `engine_logits`.
     """
-    _require_scored(windows)
-    table = ComparisonTable(n_worst)
-    if isinstance(this, LogitsEngine) and isinstance(against, LogitsEngine):
-        pairs = _engine_pairs(this, against, windows, advance)
-    else:
-        assert not isinstance(this, LogitsEngine) and not isinstance(against, LogitsEngine)
-        pairs = _pairs(this, against, windows, advance)
-    for mine, theirs, labels, places in pairs:
-        for rows in _tiles(mine):
-            table.add(mine[rows], theirs[rows], labels[rows], places[rows])
-    return table.comparison(windows)
-
-
-def vocabulary_size(model: Scored) -> int:
-    """Tokens that the model knows."""
-    return model.n_vocab if isinstance(model, LogitsEngine) else _Reader(model).n_vocab
-
-
-_Advance = Callable[[int], None] | None
-_Piece = tuple[torch.Tensor, torch.Tensor]  # logits [n, vocabulary], tokens [n]
-_Pair = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # logits of both, tokens [n], places [n, 2]
-
-
-def _pieces(model: Model, windows: Sequence[Window], advance: _Advance) -> Iterator[_Piece]:
-    reader = _Reader(model)
-    for batch in _batches(windows):
-        hidden, labels = reader.states(batch)
-        for chunk in _chunks(len(labels), reader.n_vocab):
-            yield reader.logits(hidden[chunk]), labels[chunk]
-        _tell(advance, batch)
-
-
-def _pairs(this: Model, against: Model | Reference, windows: Sequence[Window], advance: _Advance) -> Iterator[_Pair]:
+    require_scored(windows)
     captured = against if isinstance(against, Reference) else None
     reader, other = _Reader(this), _Reader(against.model if isinstance(against, Reference) else against)
     if captured and captured.windows != tuple(windows):
         raise TrainingError(
             "The reference was computed on other windows", next="Compute it again for the windows that are compared."
         )
-    _require_one_size(reader.n_vocab, other.n_vocab)
+    require_one_size(reader.n_vocab, other.n_vocab)
+    table = ComparisonTable(n_worst)
     start = 0
     for batch in _batches(windows):
         hidden, labels = reader.states(batch)
@@ -183,69 +146,61 @@ def _pairs(this: Model, against: Model | Reference, windows: Sequence[Window], a
         else:
             theirs = other.states(batch)[0].to(hidden.device)
         start += len(labels)
-        places = _places(batch)
+        places = np.array([place for index, window in batch for place in scored_places(index, window)])
         for chunk in _chunks(len(labels), reader.n_vocab):
-            yield reader.logits(hidden[chunk]), other.logits(theirs[chunk]), labels[chunk], places[chunk]
+            pair = reader.logits(hidden[chunk]), other.logits(theirs[chunk])
+            for rows in _tiles(pair[0]):
+                _add(table, pair[0][rows], pair[1][rows], labels[chunk][rows], places[chunk][rows])
         _tell(advance, batch)
+    return table.comparison(windows)
 
 
-def _engine_pieces(model: LogitsEngine, windows: Sequence[Window], advance: _Advance) -> Iterator[_Piece]:
-    for batch in _single(windows):
-        labels = _scored_labels(batch[0][1], model.n_vocab)
-        start = 0
-        for logits in model.logits(batch[0][1].input_ids, _predicts(batch[0][1])):
-            yield torch.from_numpy(logits), labels[start : start + len(logits)]
-            start += len(logits)
-        _tell(advance, batch)
+@dataclass(frozen=True)
+class PackedPair:
+    """Two models that torch runs; a `measure.pair.ScoredPair`."""
+
+    this: Model
+    against: Model
+
+    @property
+    def n_vocab(self) -> int:
+        """Tokens that both know."""
+        return vocabulary_size(self.against)
+
+    def compare(
+        self, windows: Sequence[Window], *, n_worst: int = N_WORST, advance: Callable[[int], None] | None = None
+    ) -> Comparison:
+        """See `compare`."""
+        return compare(self.this, self.against, windows, n_worst=n_worst, advance=advance)
+
+    def score_against(self, windows: Sequence[Window]) -> TextScore:
+        """See `score`."""
+        return score(self.against, windows)
 
 
-def _engine_pairs(
-    this: LogitsEngine, against: LogitsEngine, windows: Sequence[Window], advance: _Advance
-) -> Iterator[_Pair]:
-    """The two take turns, so that each has the whole machine while it computes."""
-    _require_one_size(this.n_vocab, against.n_vocab)
-    for batch in _single(windows):
-        window, places = batch[0][1], _places(batch)
-        labels, wanted = _scored_labels(window, this.n_vocab), _predicts(window)
-        start = 0
-        both = (model.logits(window.input_ids, wanted) for model in (this, against))
-        for mine, theirs in zip(*both, strict=True):
-            rows = slice(start, start + len(mine))
-            yield torch.from_numpy(mine), torch.from_numpy(theirs), labels[rows], places[rows]
-            start += len(mine)
-        _tell(advance, batch)
-
-
-def _single(windows: Sequence[Window]) -> Iterator[list[tuple[int, Window]]]:
-    return ([(index, window)] for index, window in enumerate(windows) if window.n_scored)
-
-
-def _predicts(window: Window) -> list[bool]:
-    """Of each token, whether the one behind it is scored."""
-    return [label != NOT_SCORED for label in window.labels[1:]] + [False]
-
-
-def _scored_labels(window: Window, n_vocab: int) -> torch.Tensor:
-    labels = torch.tensor([label for label in window.labels[1:] if label != NOT_SCORED])
-    _require_known(labels, n_vocab)
-    return labels
-
-
-def _require_known(labels: torch.Tensor, n_vocab: int) -> None:
-    if int(labels.max()) >= n_vocab:
-        raise TrainingError(
-            f"The token {int(labels.max())} lies outside the vocabulary of {n_vocab:,}",
-            next="Tokenize with the tokenizer of this very model.",
-        )
-
-
-def _require_one_size(this: int, against: int) -> None:
-    if this != against:
-        raise TrainingError(
-            f"The models have vocabularies of {this:,} and {against:,} tokens",
-            why="Probabilities can be compared token by token only.",
-            next="Compare models that were made from the same base.",
-        )
+def _add(
+    table: ComparisonTable, this: torch.Tensor, against: torch.Tensor, labels: torch.Tensor, places: NDArray[np.int64]
+) -> None:
+    """Logits [n, vocabulary] of both, and the text's tokens [n], on whatever device they are."""
+    z, w = this.double(), against.double()
+    total_z, total_w = z.logsumexp(-1), w.logsumexp(-1)
+    p = (w - total_w.unsqueeze(-1)).exp_()
+    # a token of probability zero adds nothing, though its logit may be minus infinity
+    kl = torch.where(p > 0, p * (w - z), 0).sum(-1) - total_w + total_z
+    wanted = labels.unsqueeze(-1)
+    columns = (
+        z.gather(-1, wanted).squeeze(-1) - total_z,
+        w.gather(-1, wanted).squeeze(-1) - total_w,
+        kl.clamp_(min=0),
+        z.argmax(-1) == w.argmax(-1),
+    )
+    scores = TokenScores(*(column.cpu().numpy() for column in columns))
+    table.add(
+        scores,
+        labels.tolist(),
+        places,
+        lambda index: (likeliest(this[index].float().cpu().numpy()), likeliest(against[index].float().cpu().numpy())),
+    )
 
 
 class _Reader:
@@ -278,7 +233,7 @@ class _Reader:
             labels[row, : len(window.labels)] = torch.tensor(window.labels)
         wanted = labels[:, 1:]
         mask = wanted != NOT_SCORED
-        _require_known(wanted, self.n_vocab)
+        require_known([int(wanted.max())], self.n_vocab)
         was_training = self._inner.training
         self._inner.eval()
         # what pads a row stands behind its tokens, where causal attention never looks
@@ -314,18 +269,6 @@ def _batches(windows: Sequence[Window]) -> Iterator[list[tuple[int, Window]]]:
         yield batch
 
 
-def _places(batch: Sequence[tuple[int, Window]]) -> torch.Tensor:
-    """(window, position) of each scored token, int64 [n, 2]."""
-    return torch.tensor(
-        [
-            (index, position)
-            for index, window in batch
-            for position, label in enumerate(window.labels)
-            if position and label != NOT_SCORED
-        ]
-    )
-
-
 def _chunks(n: int, n_vocab: int) -> Iterator[slice]:
     """As few pieces as `LOGITS_BYTES` allows, all about equally long."""
     most = max(1, LOGITS_BYTES // (4 * n_vocab))
@@ -341,11 +284,3 @@ def _tiles(logits: torch.Tensor) -> Iterator[slice]:
 def _tell(advance: Callable[[int], None] | None, batch: Sequence[tuple[int, Window]]) -> None:
     if advance:
         advance(sum(len(window.input_ids) for _, window in batch))
-
-
-def _require_scored(windows: Sequence[Window]) -> None:
-    if not any(window.n_scored for window in windows):
-        raise TrainingError(
-            f"None of the {len(windows)} windows has a token to score",
-            next="Give a longer text, or prompts of at least two tokens.",
-        )

@@ -1,0 +1,1 @@
+"""Two models beside each other, in numbers: perplexity, KL divergence, and where they differ. Nothing of torch."""
