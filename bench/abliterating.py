@@ -9,19 +9,25 @@ from harness import Command, Job, Measurement, Row, Workshop, removing, run_once
 
 SCRIPT = str(Path(__file__).resolve().with_name("direction_states.py"))
 APPLY_LIMIT = 2.5
+LEAST_TIMED_BYTES = 1 << 30  # of a smaller file, start-up is most of the time
 MEMORY_ROOM_BYTES = 300_000_000
+SMALL_LAYERS = 4
 N_PROMPTS = 16
 N_TOKENS = 32
 
 
 def measure_apply(shop: Workshop) -> list[Row]:
-    """Wall time and memory of `abliterate apply` on 16-bit weights; on Q4_K_M the time alone."""
-    folder = shop.make("llama", f"llama-{shop.large_layers}", shop.large_layers)
-    directions = shop.folder / "direction.safetensors"
-    write_random_directions(folder, directions)
+    """Wall time and memory of `abliterate apply` on 16-bit weights, of two sizes; on Q4_K_M the time alone."""
     rows = []
-    for quant, flags in (("bf16", ("--outtype", "bf16")), ("Q4_K_M", ("--quant", "Q4_K_M"))):
-        source = shop.folder / f"llama-{shop.large_layers}-ablated-{quant}.gguf"
+    for n_layers, quant, flags, repeats in (
+        (shop.large_layers, "bf16", ("--outtype", "bf16"), shop.repeats),
+        (SMALL_LAYERS, "bf16", ("--outtype", "bf16"), shop.repeats),
+        (shop.large_layers, "Q4_K_M", ("--quant", "Q4_K_M"), 1),
+    ):
+        folder = shop.make("llama", f"llama-{n_layers}", n_layers)
+        directions = shop.folder / f"direction-{n_layers}.safetensors"
+        write_random_directions(folder, directions)
+        source = shop.folder / f"llama-{n_layers}-ablated-{quant}.gguf"
         if not source.exists():
             run_once(Command("make it", shop.forge("convert", str(folder), "-o", str(source), *flags)))
         out, copied = shop.folder / "ablated.gguf", shop.folder / "copied.gguf"
@@ -35,7 +41,7 @@ def measure_apply(shop: Workshop) -> list[Row]:
             ),
             Command("cp, sync", ("sh", "-c", f"cp '{source}' '{copied}' && sync '{copied}'"), {}, removing(copied)),
         ]
-        ours, floor = run_side_by_side(sides, shop.repeats if quant == "bf16" else 1)
+        ours, floor = run_side_by_side(sides, repeats)
         removing(out, copied)()
         rows.append(_apply_row(quant, source, _largest_bytes(folder), ours, floor))
     return rows
@@ -44,16 +50,17 @@ def measure_apply(shop: Workshop) -> list[Row]:
 def _apply_row(quant: str, source: Path, largest_bytes: int, ours: Measurement, floor: Measurement) -> Row:
     ratio = ours.seconds / floor.seconds
     most = 2 * largest_bytes + MEMORY_ROOM_BYTES
-    is_plain = quant == "bf16"
+    size_bytes = source.stat().st_size
+    is_plain = quant == "bf16" and size_bytes > LEAST_TIMED_BYTES
     in_memory = ours.peak_bytes <= most
     return Row(
-        f"take a direction out ({quant})",
+        f"take a direction out ({quant}, {size_bytes / 1e9:.2f} GB)",
         show(ours),
         show(floor),
         f"{ratio:.2f}x its time",
         f"<= {APPLY_LIMIT}x, <= {most / 1e6:.0f} MB" if is_plain else f"<= {most / 1e6:.0f} MB",
         (ratio <= APPLY_LIMIT or not is_plain) and in_memory,
-        f"the file has {source.stat().st_size / 1e6:.0f} MB; {ours.spread}",
+        ours.spread,
     )
 
 

@@ -27,8 +27,8 @@ from ollama_forge.jobs.resolve import resolve
 DATA = DEMO_DIR / "finetune.jsonl"
 FAST = ("--lr", "1e-3", "--epochs", "12", "--batch-size", "10", "--grad-accum", "1", "--max-length", "64")
 TYPES = (
-    *("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q5_1", "Q4_K_M", "Q4_0", "Q4_1"),
-    *("Q3_K_M", "Q2_K", "IQ4_NL", "IQ4_XS"),
+    *("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_0", "Q5_1", "Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1"),
+    *("Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "IQ4_NL", "IQ4_XS"),
 )
 
 
