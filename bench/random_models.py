@@ -32,7 +32,7 @@ SPECIAL_TOKENS = ("<|begin|>", "<|end|>")
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """TinyLlama's dimensions; only the number of layers changes with the size asked for."""
+    """TinyLlama's dimensions unless others are given; only the number of layers changes with the size asked for."""
 
     n_layers: int = 22
     hidden: int = 2048
@@ -307,6 +307,8 @@ def main() -> None:
         write_llama_folder(path, LlamaShape(n_layers=number))
     elif what == "wide-llama":
         write_llama_folder(path, LlamaShape(n_layers=number, vocabulary=WIDE_VOCABULARY))
+    elif what == "llama-8b":
+        write_llama_folder(path, LlamaShape(number, 4096, 14336, n_kv_heads=8, vocabulary=128_256))
     elif what == "vocabulary":
         write_vocabulary_gguf(path, number)
     else:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -24,6 +25,7 @@ import abliterating
 import conversion
 import distilling
 import downsizing
+import gpu_training
 import landing
 import measuring
 import startup
@@ -38,6 +40,7 @@ TOPICS = {
     "Land": landing.JOBS,
     "Begin": startup.JOBS,
     "Train": training.JOBS,
+    "Train on a card": gpu_training.JOBS,
     "Abliterate": abliterating.JOBS,
     "Downsize": (*downsizing.JOBS, *distilling.JOBS),
     "Measure": measuring.JOBS,
@@ -157,6 +160,10 @@ def absent_peers() -> list[str]:
         missing.append("llama-quantize (put it on PATH or name it in LLAMA_QUANTIZE); the kernels alone stand in")
     if not measuring.find_llama_perplexity():
         missing.append("llama-perplexity (put it on PATH or name it in LLAMA_PERPLEXITY)")
+    if not gpu_training.has_card():
+        missing.append('an NVIDIA card (the topic "Train on a card" is left out)')
+    elif importlib.util.find_spec("bitsandbytes") is None:
+        missing.append("bitsandbytes")
     if not shutil.which("ollama"):
         missing.append("ollama")
     return missing

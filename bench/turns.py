@@ -20,11 +20,13 @@ from harness import Command, FailedRunError
 
 @dataclass(frozen=True)
 class Turns:
-    """What one program took: seconds to load, seconds of each step after the first, and its high-water mark."""
+    """What one program took: seconds to load, seconds of each step after the first, and high-water marks: of its
+    memory, and of the card's where it says it."""
 
     load_seconds: float
     step_seconds: tuple[float, ...]
     peak_bytes: int
+    card_bytes: int = 0
 
     @property
     def seconds(self) -> float:
@@ -63,6 +65,7 @@ class _Child:
         self._label = command.label
         self._load_seconds = 0.0
         self._steps: list[float] = []
+        self._card_bytes = 0
         self.process = subprocess.Popen(
             command.argv,
             stdin=subprocess.PIPE,
@@ -78,7 +81,9 @@ class _Child:
         stream = self._pipe(self.process.stdin)
         stream.write("\n")
         stream.flush()
-        self._steps.append(self._answer()["step"])
+        answer = self._answer()
+        self._steps.append(answer["step"])
+        self._card_bytes = int(answer.get("card_bytes", 0))
         print(f"    {self._label}: {self._steps[-1]:.2f} s", file=sys.stderr, flush=True)
 
     def end(self) -> Turns:
@@ -88,7 +93,7 @@ class _Child:
         if self.process.returncode:
             raise FailedRunError(f"{self._label} exited with {self.process.returncode}")
         scale = 1 if sys.platform == "darwin" else 1024
-        return Turns(self._load_seconds, tuple(self._steps[1:]), usage.ru_maxrss * scale)
+        return Turns(self._load_seconds, tuple(self._steps[1:]), usage.ru_maxrss * scale, self._card_bytes)
 
     def _answer(self) -> dict[str, float]:
         line = self._pipe(self.process.stdout).readline()
@@ -102,11 +107,12 @@ class _Child:
         return stream
 
 
-def serve(load: Callable[[], Callable[[], float]]) -> None:
+def serve(load: Callable[[], Callable[[], float]], card_bytes: Callable[[], int] = lambda: 0) -> None:
     """The child's side: load, say so, and take a step whenever a line comes, until there are no more.
 
     Args:
         load: gives the function that takes a step and returns its loss.
+        card_bytes: the high-water mark of the card's memory.
     """
     began = time.perf_counter()
     step = load()
@@ -114,4 +120,5 @@ def serve(load: Callable[[], Callable[[], float]]) -> None:
     for _ in sys.stdin:
         began = time.perf_counter()
         loss = step()
-        print(json.dumps({"step": time.perf_counter() - began, "loss": loss}), flush=True)
+        answer = {"step": time.perf_counter() - began, "loss": loss, "card_bytes": card_bytes()}
+        print(json.dumps(answer), flush=True)
