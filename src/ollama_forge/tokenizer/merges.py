@@ -41,9 +41,10 @@ def _parse_merge(merge: Any) -> tuple[str, str]:
         cut = merge.find(" ", 1)
         if cut > 0:
             return merge[:cut], merge[cut + 1 :]
-    elif isinstance(merge, list) and len(merge) == 2 and all(isinstance(part, str) for part in merge):
-        left, right = (part.replace(" ", _ESCAPED_SPACE) for part in merge)
-        return left, right
+    elif isinstance(merge, list) and len(merge) == 2:
+        left, right = merge  # no generators here: a vocabulary has 150,000 of these
+        if isinstance(left, str) and isinstance(right, str):
+            return left.replace(" ", _ESCAPED_SPACE), right.replace(" ", _ESCAPED_SPACE)
     raise TokenizerError(
         f"The merge {merge!r} is not a pair of tokens", why="tokenizer.json is broken.", next="Download it again."
     )
