@@ -29,8 +29,8 @@ from ollama_forge.jobs.finetune_setup import (
 from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.landing import LandedModel, land_gguf, land_installed
 from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, modelfile_text, working
-from ollama_forge.jobs.merging import MergeInput, MergeOptions, merge_and_land
-from ollama_forge.jobs.processes import is_first_process, shares_blocks, wait_for_first_process
+from ollama_forge.jobs.merging import MergeInput, MergeOptions, inherited, merge_and_land
+from ollama_forge.jobs.processes import count_processes, is_first_process, shares_blocks, wait_for_first_process
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.jobs.training_plan import TrainingPlan
 from ollama_forge.store.modelfile import Modelfile
@@ -131,7 +131,7 @@ def _train_and_land(
         request.lora,
         prepared.loop,
         request.folder,
-        base=_name_for_others(request, prepared),
+        base=name_for_others(prepared),
         resume=request.resume,
         is_shared=shares_blocks(),
         watch=watch,
@@ -170,7 +170,6 @@ def _training(
     sources += [file_ingredient(path, "data") for path in find_data_files(request.data, request.include)]
     if request.base_gguf is not None:
         sources.append(file_ingredient(prepared.gguf.path, TWIN))
-    settings = {key: getattr(request, key) for key in RECORDED_SETTINGS}
     return working(
         "finetune",
         sources,
@@ -179,17 +178,25 @@ def _training(
         lora=asdict(request.lora),
         loop=asdict(prepared.loop),
         steps=trained.steps,
+        processes=count_processes(),
         modelfile=modelfile_text(request.changes),
-        **settings,
+        **recorded_settings(request),
     )
 
 
-def _name_for_others(request: FinetuneRequest, prepared: PreparedRun) -> str:
-    """The base as the adapter names it: its repo on the Hub where that is known; an Ollama name is not one."""
+def recorded_settings(request: FinetuneRequest) -> dict[str, Any]:
+    """What a record of training holds beside adapter and loop."""
+    return {key: getattr(request, key) for key in RECORDED_SETTINGS}
+
+
+def name_for_others(prepared: PreparedRun) -> str:
+    """The base as an adapter names it: its repo on the Hub where that is known; an Ollama name or a path is not one,
+    however it was typed."""
     repo = source_repo(prepared.gguf.metadata)
-    if repo or prepared.origin.installed is None:
-        return repo or request.base
-    return f"ollama://{prepared.origin.installed.name.display}"
+    origin = ingredient_of(prepared.origin)
+    if repo or origin.commit:
+        return repo or origin.ref.removeprefix("hf:").partition(":")[0]
+    return origin.ref if prepared.origin.installed is None else f"ollama://{origin.ref}"
 
 
 def matching_template(changes: Modelfile, prepared: PreparedRun) -> Modelfile:
@@ -249,7 +256,7 @@ def land_adapter(request: FinetuneRequest, options: LandOptions, model: Resolved
         return landed
     if model.installed is not None:
         return land_installed(model.installed, request.name, request.changes, options, adapters=(adapter,))
-    return land_gguf(model.gguf_path, request.name, request.changes, options, adapters=(adapter,))
+    return land_gguf(model.gguf_path, request.name, inherited(model, request.changes), options, adapters=(adapter,))
 
 
 def _undo(request: FinetuneRequest, landed: LandedModel | None) -> tuple[str, ...]:
