@@ -16,6 +16,7 @@ from ollama_forge.dataset.examples import Example
 from ollama_forge.dataset.read import find_data_files
 from ollama_forge.dataset.render import ALPACA_GO_TEMPLATE
 from ollama_forge.engine import GREEDY, open_engine
+from ollama_forge.files import write_bytes
 from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.jobs.adapters import prepare_adapter
 from ollama_forge.jobs.finetune_setup import (
@@ -45,6 +46,8 @@ ANSWER_TOKENS = 96
 RUN_FILE = "run.json"
 TWIN = "base_gguf"
 """Role of a GGUF that was trained on in place of the base itself."""
+TEMPLATE_FILE = "template.txt"
+"""Name of the Ollama template that an adapter needs, in the folder of a run that does not land it."""
 RECORDED_SETTINGS = ("max_length", "overlong", "learn", "validation_share", "merge")
 
 
@@ -147,6 +150,8 @@ def _train_and_land(
             f"All {len(answers)} answers are the same as before training: train longer, or raise the learning rate."
         )
     request = replace(request, changes=matching_template(request.changes, prepared))
+    if request.skip_landing and request.changes.template is not None:
+        write_bytes(request.folder / TEMPLATE_FILE, request.changes.template.encode(), overwrite=True)
     with _training(request, prepared, trained):
         landed = None if request.skip_landing else land_adapter(request, options, prepared.model, adapter_gguf)
     undo = _undo(request, landed)
