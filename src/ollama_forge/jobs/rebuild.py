@@ -85,13 +85,13 @@ def rebuild(
     if folder is None:
         raise NotFoundError(f"{entry.name!r} is in no store of this machine", next="ollama-forge registry import")
     digest = entry.identity.manifest_digest
-    work = _Rebuild(document, folder, whole)
-    work.plan(digest, entry.served_model_id or entry.name)
+    work, name = _Rebuild(document, folder, whole), entry.served_model_id or entry.name
+    work.plan(digest, name)
     if dry_run:
         return Rebuilt(entry.name, digest, "", tuple(work.steps), is_dry_run=True)
     with _scratch_store(folder) as scratch, unrecorded():
         options = LandOptions(scratch.models_dir, overwrite=True, check=False, progress=progress)
-        made = work.make(digest, scratch, options)
+        made = work.make(digest, name, scratch, options)
     return Rebuilt(entry.name, digest, f"sha256:{made.digest}", tuple(work.steps))
 
 
@@ -137,20 +137,21 @@ class _Rebuild:
         if step not in self.steps:
             self.steps.append(step)
 
-    def make(self, digest: str, scratch: Store, options: LandOptions) -> LandedModel:
+    def make(self, digest: str, name: str, scratch: Store, options: LandOptions) -> LandedModel:
         """Make it, and before it what it was made from, in the scratch store."""
-        landing = self._landing(digest, digest)
+        landing = self._landing(digest, name)
         models = {one.role: self._place(one, scratch, options) for one in landing.parents if one.role in MODELS}
         return repeat_step(landing, models, options)
 
     def _place(self, parent: Parent, scratch: Store, options: LandOptions) -> InstalledModel | Path:
         """A model that the step reads: in the scratch store, or where its file or folder lies."""
         if self._is_made_again(parent):
-            return scratch.find(self.make(parent.digest, scratch, options).name)
+            return scratch.find(self.make(parent.digest, parent.ref, scratch, options).name)
         installed = self._installed(parent)
         return find_source(parent) if installed is None else _share_into(scratch, installed, parent.ref)
 
     def _landing(self, digest: str, name: str) -> Landing:
+        """How it was made last: the same bytes may have come about in another way under another name."""
         landings = self._document.lineage.get(digest, ())
         if not landings:
             raise NotFoundError(
@@ -158,8 +159,9 @@ class _Rebuild:
                 why="Only what this tool lands is.",
                 next=f"See what is known: ollama-forge registry lineage {name}",
             )
-        require_repeatable(landings[-1])
-        return landings[-1]
+        landing = next((one for one in reversed(landings) if one.name == name), landings[-1])
+        require_repeatable(landing)
+        return landing
 
     def _is_made_again(self, model: Parent) -> bool:
         return model.digest in self._document.lineage and (self._whole or self._installed(model) is None)

@@ -7,6 +7,7 @@ parameters are those that `jobs.lineage.working` was given when the step was don
 from __future__ import annotations
 
 import contextlib
+import shlex
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -86,7 +87,7 @@ def require_repeatable(landing: Landing) -> None:
         raise UnsupportedError(
             f"{landing.name!r} was trained by {n_processes} processes together, and `rebuild` is a single one",
             why="Each of them read examples of its own at every step.",
-            next=f"Train so again (accelerate launch --num_processes {n_processes}); {_way_of(landing)}",
+            next=f"Train so again with accelerate launch --num_processes {n_processes}. {_way_of(landing)}",
         )
     hosts = landing.parameters.get("ask", {}).get("hosts")
     if hosts:
@@ -94,8 +95,9 @@ def require_repeatable(landing: Landing) -> None:
         raise UnsupportedError(
             f"{landing.name!r} was taught by {teacher!r} on {', '.join(hosts)}, which cannot be asked again",
             why="Its model is not on this disk, and nothing says that the server still has the same one.",
-            next=f"Train on the answers that were kept: ollama-forge finetune --data {_find(landing, ANSWERS, 'FILE')} "
-            f"--base {_find(landing, 'base', 'STUDENT')} --name NAME",
+            next="Train on the answers that were kept: ollama-forge finetune "
+            f"--data {shlex.quote(_find(landing, ANSWERS, 'FILE'))} "
+            f"--base {shlex.quote(_find(landing, 'base', 'STUDENT'))} --name NAME",
         )
 
 
@@ -104,7 +106,7 @@ def _way_of(landing: Landing) -> str:
     recipe = _find(landing, "recipe", "")
     if recipe:
         return f"ollama-forge build {recipe} --locked --force"
-    return f"its settings and sources are recorded: ollama-forge registry lineage {landing.name}"
+    return f"Its settings and sources are recorded: ollama-forge registry lineage {landing.name}"
 
 
 def _find(landing: Landing, role: str, otherwise: str) -> str:
