@@ -110,8 +110,12 @@ def test_a_fine_tune_of_a_folder_names_the_folder_and_what_was_in_it(models: Pat
     forge_json("finetune", "--data", data, "--base", source, *words, *FAST)
     shutil.rmtree(tmp_path / "work")
     assert forge_json("registry", "rebuild", "tuned")["same"] is True
-    data.write_text(data.read_text().replace("?", "!"))
-    assert str(data) in forge("registry", "rebuild", "tuned", "--json").document["error"]["what"]
+    for path, named in ((data, data), (source / "config.json", source)):
+        kept = path.read_bytes()
+        path.write_bytes(kept + b"\n")
+        error = forge("registry", "rebuild", "tuned", "--json").document["error"]
+        path.write_bytes(kept)
+        assert f"{str(named)!r} is another one by now" in error["what"]
 
 
 def test_a_merge_is_made_again(models: Path, tmp_path: Path) -> None:

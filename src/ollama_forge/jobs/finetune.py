@@ -29,7 +29,7 @@ from ollama_forge.jobs.finetune_setup import (
 )
 from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.landing import LandedModel, land_gguf, land_installed
-from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, modelfile_text, working
+from ollama_forge.jobs.lineage import file_ingredient, hashed_ingredient, ingredient_of, modelfile_text, working
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, inherited, merge_and_land
 from ollama_forge.jobs.processes import count_processes, is_first_process, shares_blocks, wait_for_first_process
 from ollama_forge.jobs.resolve import ResolvedModel
@@ -171,7 +171,7 @@ def _training(
     request: FinetuneRequest, prepared: PreparedRun, trained: TrainedAdapter
 ) -> contextlib.AbstractContextManager[None]:
     """What the registry is told of a fine-tune: base, data, settings, losses; enough to do it again."""
-    sources = [ingredient_of(prepared.origin)]
+    sources = [hashed_ingredient(prepared.origin)]
     sources += [file_ingredient(path, "data") for path in find_data_files(request.data, request.include)]
     if request.base_gguf is not None:
         sources.append(file_ingredient(prepared.gguf.path, TWIN))

@@ -115,6 +115,14 @@ def _share_into(scratch: Store, model: InstalledModel, name: str) -> InstalledMo
     return scratch.find(name)
 
 
+def _find_exact(folder: Path, name: str, digest: str) -> InstalledModel | None:
+    """The model of that name in a store, if it has that digest."""
+    with contextlib.suppress(NotFoundError, NameInvalidError):  # a path is no name
+        model = Store(folder).find(name)
+        return model if f"sha256:{model.digest}" == digest else None
+    return None
+
+
 class _Rebuild:
     """A rebuild under way: first `plan`, then `make`."""
 
@@ -145,6 +153,9 @@ class _Rebuild:
 
     def _place(self, parent: Parent, scratch: Store, options: LandOptions) -> InstalledModel | Path:
         """A model that the step reads: in the scratch store, or where its file or folder lies."""
+        made = _find_exact(scratch.models_dir, parent.ref, parent.digest)
+        if made is not None:
+            return made
         if self._is_made_again(parent):
             return scratch.find(self.make(parent.digest, parent.ref, scratch, options).name)
         installed = self._installed(parent)
@@ -174,12 +185,8 @@ class _Rebuild:
             store = store_folder(entry)
             if entry.identity.manifest_digest == parent.digest and store and entry.served_model_id:
                 places.append((store, entry.served_model_id))
-        for store, name in places if parent.digest else ():
-            with contextlib.suppress(NotFoundError, NameInvalidError):  # a path is no name
-                model = Store(store).find(name)
-                if f"sha256:{model.digest}" == parent.digest:
-                    return model
-        return None
+        found = (_find_exact(store, name, parent.digest) for store, name in places)
+        return next((model for model in found if model is not None), None)
 
     def _require(self, parent: Parent) -> None:
         if parent.role in MODELS and self._installed(parent) is not None:
