@@ -52,6 +52,16 @@ def test_a_quantized_gguf_is_made_again(models: Path, tmp_path: Path) -> None:
     assert str(gguf) in ended.document["error"]["what"]
 
 
+def test_of_two_ways_to_the_same_bytes_that_of_the_name_is_taken(models: Path, tmp_path: Path) -> None:
+    one, two = write_tiny_gguf(tmp_path / "one.gguf"), write_tiny_gguf(tmp_path / "two.gguf")
+    digests = {
+        forge_json("convert", "--gguf", path, "--name", path.stem, "--no-check")["digest"] for path in (one, two)
+    }
+    two.unlink()
+    assert len(digests) == 1 and forge_json("registry", "rebuild", "one")["same"] is True
+    assert str(two) in forge("registry", "rebuild", "two", "--json").document["error"]["what"]
+
+
 def test_a_source_that_changed_gives_another_digest(models: Path, tmp_path: Path) -> None:
     gguf = write_tiny_gguf(tmp_path / "tiny.gguf")
     forge_json("convert", "--gguf", gguf, "--name", "small", "--quant", "Q8_0", "--no-check")
@@ -100,8 +110,12 @@ def test_a_fine_tune_of_a_folder_names_the_folder_and_what_was_in_it(models: Pat
     forge_json("finetune", "--data", data, "--base", source, *words, *FAST)
     shutil.rmtree(tmp_path / "work")
     assert forge_json("registry", "rebuild", "tuned")["same"] is True
-    data.write_text(data.read_text().replace("?", "!"))
-    assert str(data) in forge("registry", "rebuild", "tuned", "--json").document["error"]["what"]
+    for path, named in ((data, data), (source / "config.json", source)):
+        kept = path.read_bytes()
+        path.write_bytes(kept + b"\n")
+        error = forge("registry", "rebuild", "tuned", "--json").document["error"]
+        path.write_bytes(kept)
+        assert f"{str(named)!r} is another one by now" in error["what"]
 
 
 def test_a_merge_is_made_again(models: Path, tmp_path: Path) -> None:

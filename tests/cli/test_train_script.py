@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from command import DEMO_MODEL, forge, forge_json
 from trainer_programs import argv_of, write_old_finetune
 
+from ollama_forge.dataset.render import ALPACA_GO_TEMPLATE
 from ollama_forge.jobs.resolve import resolve
 from ollama_forge.jobs.train_script import ScriptRequest, render_script
 
@@ -68,6 +70,28 @@ def test_bash_runs_the_script_from_end_to_end_and_names_execute_nothing(folder: 
     assert Path("train_prepared.txt").read_text().startswith("### Instruction:")
     steps = [line for line in ended.stdout.splitlines() if line.startswith("[")]
     assert [line[:5] for line in steps] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+
+
+@pytest.mark.parametrize("more", [(), ("--merge",)])
+def test_the_script_lands_the_same_modelfile_as_the_command(folder: Path, more: tuple[str, ...]) -> None:
+    """Of a base that says something, but has no chat template: training gives it one, which Ollama must send."""
+    source = folder / "source"
+    shutil.copytree(DEMO_MODEL, source)
+    tokenizer = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "chat_template": None}))
+    shutil.copyfile(DATA, "d.jsonl")
+    said = ("--system", NASTY, "--stop", NASTY, "--message", f"user={NASTY}", "--license", NASTY)
+    forge_json("import", source, "--name", "base", "--no-check", "--store", "store", *said)
+    words = ("train", "--data", "d.jsonl", "--base", "base", "--store", "store", "--max-steps", "2", "--no-check")
+    words = (*words, "--max-length", "64", "--rank", "2", "--lr", "1e-3", "--message", "assistant=Hi!", *more)
+    forge_json(*words, "--name", "direct")
+    forge_json(*words, "--name", "scripted", "--write-script", "s.sh")
+    ended = run_bash("s.sh", folder)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    direct, scripted = (resolve(name, Path("store")) for name in ("direct", "scripted"))
+    assert scripted.modelfile.template == ALPACA_GO_TEMPLATE and scripted.modelfile.system == NASTY
+    assert scripted.modelfile.licenses == (NASTY,) and scripted.modelfile.messages[-1].content == "Hi!"
+    assert replace(scripted.modelfile, sources=(), adapters=()) == replace(direct.modelfile, sources=(), adapters=())
 
 
 def test_the_script_calls_finetune_as_documented_and_lands_its_adapter(folder: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import stat
 import subprocess
@@ -19,14 +20,30 @@ import click
 import learnt_model as world
 import pytest
 from command import DEMO_MODEL, forge, forge_json, tree_hash
+from tiny_store import snapshot
 
 from ollama_forge.cli import root
 from ollama_forge.jobs.downsizing_plan import LOWER_TYPES, parse_goal
 from ollama_forge.jobs.downsizing_report import Row, judge_rows
 from ollama_forge.jobs.resolve import resolve
+from ollama_forge.store.catalog import Store
 
 HEAL = ("--full", "--lr", "1e-3", "--batch-size", "8", "--grad-accum", "1", "--max-steps", "6", "--max-length", "96")
 NASTY = "a 'b' \"c\" $(touch PWNED) `touch PWNED` ; touch PWNED #"
+SAID = (
+    "--template",
+    "{{ .System }}|{{ .Prompt }}",
+    "--stop",
+    NASTY,
+    "--temperature",
+    "0.5",
+    "--message",
+    f"user={NASTY}",
+    "--license",
+    f"MIT\n{NASTY}",
+)
+ASKED = ("--num-ctx", "512", "--message", "assistant=-Yes.\n", "--license", "Mine.")
+"""What the model says beside its weights, and what a command asks for on top."""
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +65,14 @@ def words(here: Path, folder: Path, *more: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(here: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """(folder, result) of a pipeline that nobody stopped."""
+    """(folder, result) of a pipeline that nobody stopped, from a model in Ollama that says something."""
     folder = tmp_path_factory.mktemp("finished")
-    return folder, forge_json(*words(here, folder, "--target", "75%", "--quant", "Q8_0", *HEAL))
+    (folder / "system").write_text(f"@home, be brief.\n{NASTY}\n")
+    landing = ("--name", "whole", "--store", folder / "store", "--no-check")
+    forge_json("convert", "--gguf", here / "whole.gguf", *landing, *SAID, "--system", f"@{folder / 'system'}")
+    argv = words(here, folder, "--target", "75%", "--quant", "Q8_0", *HEAL, *ASKED)
+    argv[argv.index(str(here / "whole.gguf"))] = "whole"
+    return folder, forge_json(*argv)
 
 
 def test_it_ends_with_five_models_measured_and_a_sentence(finished: tuple[Path, Any], here: Path) -> None:
@@ -92,6 +114,20 @@ def test_killed_three_times_it_ends_with_the_same_bytes(finished: tuple[Path, An
     assert again.code == 1 and "small" in again.err and tree_hash(work) == before
 
 
+def test_a_pipeline_is_made_again_from_its_record(finished: tuple[Path, Any], here: Path) -> None:
+    folder, result = finished
+    before = snapshot(folder)
+    rebuilt = forge_json("registry", "rebuild", result["landed"]["digest"])
+    assert rebuilt["same"] is True and [step["step"] for step in rebuilt["steps"]] == ["downsize"]
+    assert snapshot(folder) == before
+    kept = (here / "judge.jsonl").read_bytes()
+    (here / "judge.jsonl").write_bytes(kept + b"\n")
+    ended = forge("registry", "rebuild", result["landed"]["digest"], "--json")
+    (here / "judge.jsonl").write_bytes(kept)
+    assert ended.code == 1 and "The text" in ended.document["error"]["what"]
+    assert str(here / "judge.jsonl") in ended.document["error"]["what"]
+
+
 def kill_when(argv: list[str], is_reached: Callable[[], bool]) -> None:
     command = [sys.executable, "-m", "ollama_forge", *argv]
     with tempfile.TemporaryFile("w+") as said, subprocess.Popen(command, stdout=said, stderr=said) as child:
@@ -115,6 +151,9 @@ def test_lora_healing_of_a_folder_in_two_steps_through_a_cache(here: Path, tmp_p
     assert [step["layers"] for step in result["plan"]["steps"]] == [2, 1]
     assert len(list((tmp_path / "work" / "teacher").iterdir())) == 1  # both steps read what was kept once
     assert (tmp_path / "work" / "step-2-healed.gguf").stat().st_size < 0.5 * (here / "whole.gguf").stat().st_size
+    shutil.move(tmp_path / "work", tmp_path / "moved")
+    assert forge_json("registry", "rebuild", result["landed"]["digest"])["same"] is True
+    shutil.move(tmp_path / "moved", tmp_path / "work")
     other = forge(*argv, "--rank", "4", "--name", "other")
     assert other.code == 1 and "another downsizing" in other.err
 
@@ -202,7 +241,7 @@ def test_the_script_runs_under_bash_with_every_word_quoted(here: Path, tmp_path:
     verbs = [" ".join(call[:2]) if call[0] == "downsize" else call[0] for call in calls]
     step = ["downsize prune", "measure", "downsize distill", "merge", "measure"]
     assert verbs[:14] == [*step, *step, "quantize", "measure", "quantize", "measure"]
-    assert verbs[14] == "convert" and "downsize prune" not in verbs[15:]
+    assert verbs[14] == "create-from-base" and "downsize prune" not in verbs[15:]
     distill = next(call for call in calls if call[:2] == ["downsize", "distill"])
     assert distill[distill.index("--data") + 1] == str(data) and distill[-2:] == ["--lr", "0.001"]
     context = click.Context(root)
@@ -213,6 +252,40 @@ def test_the_script_runs_under_bash_with_every_word_quoted(here: Path, tmp_path:
             command = command.get_command(context, given.pop(0))
         assert command is not None
         command.make_parser(click.Context(command)).parse_args(given)
+
+
+def test_the_script_lands_what_the_command_lands(finished: tuple[Path, Any], here: Path, tmp_path: Path) -> None:
+    """A program that gives the files of the finished pipeline for those that it should make, and lands in earnest."""
+    folder, result = finished
+    argv = words(here, tmp_path, "--target", "75%", "--quant", "Q8_0", *HEAL, *ASKED, "--no-check")
+    argv[argv.index(str(here / "whole.gguf"))] = "whole"
+    argv[argv.index(str(tmp_path / "store"))] = str(folder / "store")
+    argv[argv.index("small")] = "scripted"
+    forge_json(*argv, "--write-script", tmp_path / "downsize.sh")
+    tool = tmp_path / "bin" / "ollama-forge"
+    tool.parent.mkdir()
+    tool.write_text(
+        f"#!{sys.executable}\nimport os, pathlib, shutil, sys\nwords = sys.argv[1:]\n"
+        "if words[0] == 'create-from-base':\n"
+        "    os.execv(sys.executable, [sys.executable, '-m', 'ollama_forge', *words])\n"
+        "if '-o' in words:\n"
+        "    made = pathlib.Path(words[words.index('-o') + 1])\n"
+        f"    shutil.copyfile(pathlib.Path({str(folder / 'work')!r}, made.name), made)\n"
+        "if words[:2] == ['downsize', 'distill']:\n"
+        "    healed = pathlib.Path(words[words.index('--workdir') + 1])\n"
+        "    healed.mkdir()\n"
+        f"    shutil.copyfile({str(folder / 'work' / 'step-1-healed.gguf')!r}, healed / 'student.gguf')\n"
+    )
+    tool.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tool.parent}{os.pathsep}/usr/bin{os.pathsep}/bin"}
+    subprocess.run(["bash", "downsize.sh"], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    said = resolve("scripted", folder / "store").modelfile
+    assert said.system == (folder / "system").read_text() and said.template == "{{ .System }}|{{ .Prompt }}"
+    assert dict(said.parameters) == {"num_ctx": 512, "stop": (NASTY,), "temperature": 0.5}
+    assert [turn.content for turn in said.messages] == [NASTY, "-Yes.\n"]
+    assert said.licenses == (f"MIT\n{NASTY}", "Mine.")
+    assert Store(folder / "store").find("scripted").digest == result["landed"]["digest"]
+    assert not list(tmp_path.rglob("PWNED*"))
 
 
 def test_a_folder_is_converted_first_in_the_script(here: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ollama_forge.jobs.downsizing import DownsizeResult
     from ollama_forge.jobs.downsizing_plan import PipelinePlan, PipelineRequest
     from ollama_forge.jobs.land_options import LandOptions
+    from ollama_forge.jobs.resolve import ResolvedModel
     from ollama_forge.store.modelfile import Modelfile
 
 _HEALING = {"loss": "--loss", "epochs": "--epochs", "max_steps": "--max-steps", "lr": "--lr", "rank": "--rank"}
@@ -73,8 +74,7 @@ def command(
     request = build_request(ref, changes, settings)
     if write_script is not None:
         plan, model = prepare(request, options)
-        is_folder = model.folder is not None
-        _write_script(console, ctx, request, plan, options, write_script, is_folder=is_folder)
+        _write_script(console, ctx, request, plan, model, options, write_script)
         return
     from ollama_forge.cli.finetune import ProgressLine
 
@@ -138,21 +138,22 @@ def _write_script(
     ctx: click.Context,
     request: PipelineRequest,
     plan: PipelinePlan,
+    model: ResolvedModel,
     options: LandOptions,
     path: Path,
-    *,
-    is_folder: bool,
 ) -> None:
     from ollama_forge.files import refuse_existing, write_bytes
     from ollama_forge.jobs.downsize_script import render_script
+    from ollama_forge.jobs.merging import inherited
 
     text = render_script(
         request,
         plan,
+        inherited(model, request.changes),
         distill_words=_healing_words(ctx, request),
         landing_words=() if options.check else ("--no-check",),
         store_path=options.store_path,
-        is_folder=is_folder,
+        is_folder=model.folder is not None,
     )
     refuse_existing(path, overwrite=options.overwrite)
     content = text.encode("utf-8", "surrogateescape")

@@ -75,7 +75,8 @@ def diff(ref_a: str, ref_b: str, registry_path: Path | None, console: Console) -
 def rebuild_model(ref: str, whole: bool, registry_path: Path | None, dry_run: bool, console: Console) -> int:
     """Make REF again from its record, beside the one that is there, and say whether the digest is the same.
 
-    Imports, quantizations and customisations can be made again. Exit code 1 when the digest differs.
+    Whatever was made here can be made again, trained models too (on a processor with the same digest); a recipe's
+    model by `build --locked`, one that a server taught not at all. Exit code 1 when the digest differs.
     """
     from ollama_forge.jobs.rebuild import rebuild
     from ollama_forge.registry.registry_file import find_registry, read_registry

@@ -28,13 +28,20 @@ from ollama_forge.jobs.distillation_setup import (
     prepare_distillation,
     weights_digest,
 )
-from ollama_forge.jobs.finetune import ask_all, choose_questions, land_adapter, matching_template
+from ollama_forge.jobs.finetune import (
+    ask_all,
+    choose_questions,
+    land_adapter,
+    matching_template,
+    name_for_others,
+    recorded_settings,
+)
 from ollama_forge.jobs.finetune_setup import RUN_FILE, require_free_name
 from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.landing import LandedModel, land_gguf
-from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, working
+from ollama_forge.jobs.lineage import hashed_ingredient, modelfile_text, working
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, inherited, merge_model
-from ollama_forge.jobs.processes import is_first_process, shares_blocks, wait_for_first_process
+from ollama_forge.jobs.processes import count_processes, is_first_process, shares_blocks, wait_for_first_process
 from ollama_forge.jobs.pruning import PruneOptions, prune_model
 from ollama_forge.jobs.resolve import resolve
 from ollama_forge.jobs.teacher_answers import (
@@ -42,6 +49,7 @@ from ollama_forge.jobs.teacher_answers import (
     ANSWERS_FOLDER,
     DONE_FILE,
     OnAnswered,
+    asking_work,
     gather_answers,
     read_questions,
 )
@@ -111,12 +119,12 @@ def distill(
         MissingExtraError: torch and its friends are not installed.
     """
     shares_blocks(writes_answers=bool(request.options.on_policy.share))
-    if request.ask is not None and not options.dry_run:
-        request = _with_answers(request, options, on_answer)
     if not options.dry_run:
         wait_for_first_process(request.folder / RUN_FILE)
-    with contextlib.ExitStack() as scratch:
-        request = _with_student(request, options, scratch)
+    with contextlib.ExitStack() as stack:
+        request = _with_student(request, options, stack)
+        if request.ask is not None and not options.dry_run:
+            request = _with_answers(request, options, on_answer, stack)
         return _distill(request, options, on_plan, watch)
 
 
@@ -136,7 +144,7 @@ def _distill(
         return _train_and_land(request, options, prepared, watch)
 
 
-def _with_student(request: DistillRequest, options: LandOptions, scratch: contextlib.ExitStack) -> DistillRequest:
+def _with_student(request: DistillRequest, options: LandOptions, stack: contextlib.ExitStack) -> DistillRequest:
     """The same request with a student on disk; a dry run makes it in a folder that goes away again."""
     if request.cut is None:
         return request
@@ -145,9 +153,10 @@ def _with_student(request: DistillRequest, options: LandOptions, scratch: contex
         require_free_name(student, options)
     path = request.folder / CUT_FILE
     if options.dry_run and not path.exists():
-        path = Path(scratch.enter_context(tempfile.TemporaryDirectory(prefix="ollama-forge-"))) / CUT_FILE
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ollama-forge-"))) / CUT_FILE
     if not path.exists():
-        text = next((path for path in student.data if path.suffix.lower() in DATA_SUFFIXES and path.is_file()), None)
+        data = find_data_files(student.data, student.include)
+        text = next((path for path in data if path.suffix.lower() in DATA_SUFFIXES), None)
         width = {"hidden": Amount(count=request.cut.hidden)} if request.cut.hidden is not None else {}
         wanted = PruneOptions(
             n_layers=request.cut.n_layers,
@@ -155,10 +164,12 @@ def _with_student(request: DistillRequest, options: LandOptions, scratch: contex
             calibration=CalibrationOptions(text=text, device=student.loop.device),
         )
         prune_model(resolve(request.teacher, options.store_path), path, wanted, progress=options.progress)
-    return replace(request, student=replace(student, base=str(path)), cut=None)
+    return replace(request, student=replace(student, base=str(path)))
 
 
-def _with_answers(request: DistillRequest, options: LandOptions, on_answer: OnAnswered | None) -> DistillRequest:
+def _with_answers(
+    request: DistillRequest, options: LandOptions, on_answer: OnAnswered | None, stack: contextlib.ExitStack
+) -> DistillRequest:
     """The same request, its data the teacher's own answers to their questions."""
     assert request.ask is not None
     teacher, _ = check_models(request, options)
@@ -170,6 +181,7 @@ def _with_answers(request: DistillRequest, options: LandOptions, on_answer: OnAn
         write_bytes(folder / DONE_FILE, b"", overwrite=True)
     else:
         wait_for_first_process(folder / DONE_FILE)
+    stack.enter_context(asking_work(student.data, student.include, request.ask, folder))
     return replace(request, student=replace(student, data=(folder / ANSWERS_FILE,), include=()))
 
 
@@ -187,9 +199,11 @@ def _train_and_land(
     told = run.model if adapters else replace(run.model, gguf_path=result, installed=None)
     after = ask_all(told, questions, adapters=adapters)
     warnings = [*prepared.warnings, *trained.warnings]
-    student = replace(student, changes=matching_template(student.changes, run))
-    with _work(request, prepared, trained):
-        landed = None if student.skip_landing else _land(request, student.changes, options, prepared, result)
+    landed = None
+    if not student.skip_landing:
+        student = replace(student, changes=matching_template(student.changes, run))
+        with _work(replace(request, student=student), prepared, trained):
+            landed = _land(request, student.changes, options, prepared, result)
     undo = (*([f"ollama rm {landed.name}"] if landed else []), f"rm -r {student.folder}")
     from ollama_forge.train.report import AnswerPair, write_report
 
@@ -233,7 +247,7 @@ def _train(
             run.loop,
             request.options,
             request.folder,
-            base=request.student.base,
+            base=name_for_others(run),
             end_ids=sorted(run.chat_format.end_ids),
             resume=request.student.resume,
             is_shared=shares_blocks(),
@@ -277,12 +291,15 @@ def _land(
 def _work(
     request: DistillRequest, prepared: PreparedDistillation, trained: TrainedStudent
 ) -> contextlib.AbstractContextManager[None]:
-    """What the registry is told: student, teacher, data, settings, how near it came."""
+    """What the registry is told: student, teacher, data, settings, how near it came; enough to do it again."""
     student, run = request.student, prepared.run
-    data = [file_ingredient(path, "data") for path in find_data_files(student.data, student.include)]
+    models = [hashed_ingredient(prepared.teacher)]  # a student that is made of its teacher has no other origin
+    if request.cut is None:
+        models = [hashed_ingredient(run.origin), hashed_ingredient(prepared.teacher, "teacher")]
+    data = [hashed_ingredient(path, "data") for path in find_data_files(student.data, student.include)]
     return working(
         "distill",
-        [ingredient_of(run.origin), ingredient_of(prepared.teacher, "teacher"), *data],
+        [*models, *data],
         {
             "base_divergence": trained.base_divergence,
             "final_divergence": trained.final_divergence,
@@ -290,14 +307,15 @@ def _work(
             "final_loss": trained.final_loss,
         },
         seconds=trained.seconds,
-        lora={} if request.options.is_full else asdict(student.lora),
+        lora=asdict(student.lora),
         loop=asdict(run.loop),
         options=asdict(request.options),
+        cut=request.cut and asdict(request.cut),
         steps=trained.steps,
-        max_length=student.max_length,
-        overlong=student.overlong,
-        learn=student.learn,
+        processes=count_processes(),
         quant=request.quant,
+        modelfile=modelfile_text(student.changes),
+        **recorded_settings(student),
     )
 
 

@@ -65,7 +65,8 @@ class DistillRequest:
         quant: land the student in this quantization; None: as it is.
         cache: folder for the teacher's predictions; None: in the working folder.
         ask: the teacher first answers the questions of the data, and its answers are what both read.
-        cut: the student is made of the teacher first, in the working folder; its `base` is then that file.
+        cut: the student is made of the teacher first, in the working folder; its `base` is then that file, and what
+            the teacher says beside its weights stays.
     """
 
     student: FinetuneRequest
@@ -126,7 +127,7 @@ class DistillPlan:
 
 @dataclass(frozen=True)
 class PreparedDistillation:
-    """What is needed, checked; the files stay open."""
+    """What is needed, checked; the files stay open. `teacher` is as it was named, before a folder became a GGUF."""
 
     run: PreparedRun
     teacher: ResolvedModel
@@ -150,10 +151,12 @@ def prepare_distillation(request: DistillRequest, options: LandOptions) -> Itera
         place = request.folder / TEACHER_FOLDER
         if options.dry_run:
             place = Path(files.enter_context(tempfile.TemporaryDirectory(prefix="ollama-forge-")))
-        teacher = as_trainable(teacher, place, options)
-        assert teacher.gguf_path is not None
-        gguf = files.enter_context(open_gguf(teacher.gguf_path))
+        packed = as_trainable(teacher, place, options)
+        assert packed.gguf_path is not None
+        gguf = files.enter_context(open_gguf(packed.gguf_path))
         run = files.enter_context(prepare_run(request.student, options))
+        if request.cut is not None:
+            run = replace(run, model=replace(run.model, modelfile=teacher.modelfile))
         require_trainable(gguf, request.teacher)
         if gguf.path == run.gguf.path:
             raise UsageError(

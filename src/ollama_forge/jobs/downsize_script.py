@@ -1,16 +1,19 @@
 """A bash script that makes a model smaller, step by step, for somebody who wants to read it, keep it or change it.
 
-In: a `PipelineRequest` and its plan. Out: the script's text. Every value is quoted for the shell, most of them in
-variables at the top; what names say in comments cannot leave its line. Nothing here is run.
+In: a `PipelineRequest`, its plan, and what the result says beside its weights. Out: the script's text. Every value is
+quoted for the shell, most of them in variables at the top; what names say in comments cannot leave its line. Nothing
+here is run.
 """
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ollama_forge.jobs.downsizing_plan import PipelinePlan, PipelineRequest, PruneStep
+from ollama_forge.store.modelfile import Modelfile, render_modelfile
 
 _CONVERSION = (
     'if [ ! -e "$WORKDIR/original.gguf" ]; then ollama-forge convert "$MODEL" -o "$WORKDIR/original.gguf"; fi',
@@ -21,6 +24,7 @@ _CONVERSION = (
 def render_script(
     request: PipelineRequest,
     plan: PipelinePlan,
+    modelfile: Modelfile,
     *,
     distill_words: Sequence[str] = (),
     landing_words: Sequence[str] = (),
@@ -30,9 +34,13 @@ def render_script(
     """The script's text; the same request gives the same text.
 
     Args:
+        modelfile: what is landed with the weights: what the model says itself, and what was asked for.
         distill_words: more options for healing, as typed.
         landing_words: more options for landing, as typed.
         is_folder: the model is a Hugging Face folder, which becomes a GGUF first.
+
+    Raises:
+        ModelfileError: the model says what no Modelfile can.
     """
     lines = [
         "#!/usr/bin/env bash",
@@ -71,7 +79,8 @@ def render_script(
     n_parts = 2 * len(plan.steps) + 2
     for step in plan.steps:
         lines += _step(step, request, n_parts, distill_words)
-    lines += _end(request, plan, n_parts, landing_words)
+    lines += _end(request, plan, n_parts)
+    lines += _landing(request, plan, n_parts, modelfile, landing_words)
     return "\n".join(lines) + "\n"
 
 
@@ -106,7 +115,7 @@ def _step(step: PruneStep, request: PipelineRequest, n_parts: int, words: Sequen
     ]
 
 
-def _end(request: PipelineRequest, plan: PipelinePlan, n_parts: int, words: Sequence[str]) -> list[str]:
+def _end(request: PipelineRequest, plan: PipelinePlan, n_parts: int) -> list[str]:
     lines = [
         "",
         f"echo '[{n_parts - 1}/{n_parts}] Comparing with a lower quantization of the original'",
@@ -123,13 +132,21 @@ def _end(request: PipelineRequest, plan: PipelinePlan, n_parts: int, words: Sequ
             f'  ollama-forge quantize "$CURRENT" --type {shlex.quote(request.quant)} --allow-requantize -o "$FINAL"',
             "fi",
             'measure "$FINAL"',
-            'CURRENT="$FINAL"',
         ]
+    return lines
+
+
+def _landing(
+    request: PipelineRequest, plan: PipelinePlan, n_parts: int, modelfile: Modelfile, words: Sequence[str]
+) -> list[str]:
+    """A Modelfile beside the result names it, and says the rest."""
+    result = "final" if request.quant is not None else f"step-{plan.steps[-1].number}-healed"
+    text = render_modelfile(replace(modelfile, sources=(f"./{result}.gguf",)))
     return [
-        *lines,
         "",
         f"echo '[{n_parts}/{n_parts}] Landing the result in Ollama'",
-        f'ollama-forge convert --gguf "$CURRENT" --name "$NAME"{_tail(words)}',
+        f'printf %s {shlex.quote(text)} > "$WORKDIR/Modelfile"',
+        f'ollama-forge create-from-base -f "$WORKDIR/Modelfile" --name "$NAME"{_tail(words)}',
     ]
 
 

@@ -6,6 +6,7 @@ a run finds what is there: stopped at any moment, the same command goes on and e
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +30,7 @@ from ollama_forge.jobs.downsizing_report import Row, judge_rows, measure_speed, 
 from ollama_forge.jobs.finetune_setup import FinetuneRequest, require_extra, require_free_name
 from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.landing import LandedModel, land_gguf
-from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, working
+from ollama_forge.jobs.lineage import file_ingredient, hashed_ingredient, modelfile_text, working
 from ollama_forge.jobs.measure import MeasureRequest, measure
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, inherited, merge_model
 from ollama_forge.jobs.pruning import PruneOptions, prune_model
@@ -173,14 +174,31 @@ class _Pipeline:
         rows = tuple(self._row(name, path, original) for name, path in named)
         verdict = judge_rows(rows)
         report = write_comparison(request.folder, request.ref, rows, verdict, self.plan)
-        data = [file_ingredient(path, "data") for path in find_data_files(request.data, request.include)]
         scores = {"kl_mean": rows[-2].kl_mean, "perplexity": rows[-2].perplexity}
-        with working(
-            "downsize", [ingredient_of(self.model), *data], scores, target=request.goal.text, quant=request.quant,
-            layers=[step.n_layers for step in self.plan.steps], loop=asdict(request.loop),
-        ):  # fmt: skip
+        with self._work(scores):
             landed = land_gguf(result, request.name, inherited(self.model, request.changes), self.options)
         return DownsizeResult(self.plan, result, rows, verdict, landed, report)
+
+    def _work(self, scores: dict[str, float]) -> contextlib.AbstractContextManager[None]:
+        """What the registry is told: the model, data, text, settings; enough to do it again."""
+        request = self.request
+        sources = [hashed_ingredient(self.model)]
+        sources += [hashed_ingredient(path, "data") for path in find_data_files(request.data, request.include)]
+        sources += [hashed_ingredient(request.text, "text")] if request.text else []
+        return working(
+            "downsize",
+            sources,
+            scores,
+            target=request.goal.text,
+            layers=[step.n_layers for step in self.plan.steps],
+            quant=request.quant,
+            lora=asdict(request.lora),
+            loop=asdict(request.loop),
+            distill=asdict(request.distill),
+            max_length=request.max_length,
+            learn=request.learn,
+            modelfile=modelfile_text(request.changes),
+        )
 
     def _claim(self) -> None:
         request = self.request

@@ -16,6 +16,7 @@ from ollama_forge.dataset.examples import Example
 from ollama_forge.dataset.read import find_data_files
 from ollama_forge.dataset.render import ALPACA_GO_TEMPLATE
 from ollama_forge.engine import GREEDY, open_engine
+from ollama_forge.files import write_bytes
 from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.jobs.adapters import prepare_adapter
 from ollama_forge.jobs.finetune_setup import (
@@ -28,9 +29,9 @@ from ollama_forge.jobs.finetune_setup import (
 )
 from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.landing import LandedModel, land_gguf, land_installed
-from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, modelfile_text, working
-from ollama_forge.jobs.merging import MergeInput, MergeOptions, merge_and_land
-from ollama_forge.jobs.processes import is_first_process, shares_blocks, wait_for_first_process
+from ollama_forge.jobs.lineage import file_ingredient, hashed_ingredient, ingredient_of, modelfile_text, working
+from ollama_forge.jobs.merging import MergeInput, MergeOptions, inherited, merge_and_land
+from ollama_forge.jobs.processes import count_processes, is_first_process, shares_blocks, wait_for_first_process
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.jobs.training_plan import TrainingPlan
 from ollama_forge.store.modelfile import Modelfile
@@ -45,6 +46,8 @@ ANSWER_TOKENS = 96
 RUN_FILE = "run.json"
 TWIN = "base_gguf"
 """Role of a GGUF that was trained on in place of the base itself."""
+TEMPLATE_FILE = "template.txt"
+"""Name of the Ollama template that an adapter needs, in the folder of a run that does not land it."""
 RECORDED_SETTINGS = ("max_length", "overlong", "learn", "validation_share", "merge")
 
 
@@ -131,7 +134,7 @@ def _train_and_land(
         request.lora,
         prepared.loop,
         request.folder,
-        base=_name_for_others(request, prepared),
+        base=name_for_others(prepared),
         resume=request.resume,
         is_shared=shares_blocks(),
         watch=watch,
@@ -147,6 +150,8 @@ def _train_and_land(
             f"All {len(answers)} answers are the same as before training: train longer, or raise the learning rate."
         )
     request = replace(request, changes=matching_template(request.changes, prepared))
+    if request.skip_landing and request.changes.template is not None:
+        write_bytes(request.folder / TEMPLATE_FILE, request.changes.template.encode(), overwrite=True)
     with _training(request, prepared, trained):
         landed = None if request.skip_landing else land_adapter(request, options, prepared.model, adapter_gguf)
     undo = _undo(request, landed)
@@ -166,11 +171,10 @@ def _training(
     request: FinetuneRequest, prepared: PreparedRun, trained: TrainedAdapter
 ) -> contextlib.AbstractContextManager[None]:
     """What the registry is told of a fine-tune: base, data, settings, losses; enough to do it again."""
-    sources = [ingredient_of(prepared.origin)]
+    sources = [hashed_ingredient(prepared.origin)]
     sources += [file_ingredient(path, "data") for path in find_data_files(request.data, request.include)]
     if request.base_gguf is not None:
         sources.append(file_ingredient(prepared.gguf.path, TWIN))
-    settings = {key: getattr(request, key) for key in RECORDED_SETTINGS}
     return working(
         "finetune",
         sources,
@@ -179,17 +183,25 @@ def _training(
         lora=asdict(request.lora),
         loop=asdict(prepared.loop),
         steps=trained.steps,
+        processes=count_processes(),
         modelfile=modelfile_text(request.changes),
-        **settings,
+        **recorded_settings(request),
     )
 
 
-def _name_for_others(request: FinetuneRequest, prepared: PreparedRun) -> str:
-    """The base as the adapter names it: its repo on the Hub where that is known; an Ollama name is not one."""
+def recorded_settings(request: FinetuneRequest) -> dict[str, Any]:
+    """What a record of training holds beside adapter and loop."""
+    return {key: getattr(request, key) for key in RECORDED_SETTINGS}
+
+
+def name_for_others(prepared: PreparedRun) -> str:
+    """The base as an adapter names it: its repo on the Hub where that is known; an Ollama name or a path is not one,
+    however it was typed."""
     repo = source_repo(prepared.gguf.metadata)
-    if repo or prepared.origin.installed is None:
-        return repo or request.base
-    return f"ollama://{prepared.origin.installed.name.display}"
+    origin = ingredient_of(prepared.origin)
+    if repo or origin.commit:
+        return repo or origin.ref.removeprefix("hf:").partition(":")[0]
+    return origin.ref if prepared.origin.installed is None else f"ollama://{origin.ref}"
 
 
 def matching_template(changes: Modelfile, prepared: PreparedRun) -> Modelfile:
@@ -249,7 +261,7 @@ def land_adapter(request: FinetuneRequest, options: LandOptions, model: Resolved
         return landed
     if model.installed is not None:
         return land_installed(model.installed, request.name, request.changes, options, adapters=(adapter,))
-    return land_gguf(model.gguf_path, request.name, request.changes, options, adapters=(adapter,))
+    return land_gguf(model.gguf_path, request.name, inherited(model, request.changes), options, adapters=(adapter,))
 
 
 def _undo(request: FinetuneRequest, landed: LandedModel | None) -> tuple[str, ...]:

@@ -39,6 +39,7 @@ _SNAPSHOT = re.compile(r"models--(?P<repo>[^/\\]+)[/\\]snapshots[/\\](?P<commit>
 _VERSIONED = ("ollama-forge", "xllamacpp", "torch", "transformers", "peft")
 _HASHED_BYTES = 1 << 30
 _SHOWN = 500
+_GIVEN = {"base", "data"}
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,15 @@ def file_ingredient(path: Path, role: str) -> Ingredient:
     return known
 
 
+def hashed_ingredient(source: ResolvedModel | Path, role: str = "base") -> Ingredient:
+    """As `ingredient_of`; a file or a folder by the hash of its bytes, however many: for work that takes far longer."""
+    known = ingredient_of(source, role)
+    if not (known.digest or known.commit):
+        with contextlib.suppress(ForgeError, OSError):
+            return dataclasses.replace(known, digest=content_digest(Path(known.ref)))
+    return known
+
+
 def content_digest(path: Path) -> str:
     """`sha256:...` of a file's bytes; of a folder, over the names and hashes of the files that lie right in it."""
     if not path.is_dir():
@@ -282,8 +292,8 @@ def _is_unset(value: object) -> bool:
 def _added(outer: Work, inner: Work) -> Work:
     known = {(one.role, one.digest or one.ref) for one in outer.ingredients}
     news = tuple(one for one in inner.ingredients if (one.role, one.digest or one.ref) not in known)
-    if any(one.role == "base" for one in outer.ingredients):
-        news = tuple(one for one in news if one.role != "base")  # a step in between, not where it came from
+    settled = _GIVEN & {one.role for one in outer.ingredients}
+    news = tuple(one for one in news if one.role not in settled)  # a step in between, not where it came from
     return Work(
         outer.step,
         (*outer.ingredients, *news),

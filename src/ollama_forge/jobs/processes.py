@@ -17,6 +17,11 @@ _ASKED = "ACCELERATE_USE_FSDP"
 _OURS = "OLLAMA_FORGE_SHARES_BLOCKS"
 
 
+def count_processes() -> int:
+    """How many processes `accelerate launch` started; one without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def is_first_process() -> bool:
     """Whether this process, of those that `accelerate launch` started, is the one that writes and lands."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -40,7 +45,7 @@ def shares_blocks(*, writes_answers: bool = False) -> bool:
     if os.environ.get(_ASKED, "false").lower() == "true":
         os.environ[_ASKED] = "false"
         os.environ[_OURS] = "true"
-    is_shared = os.environ.get(_OURS) == "true" and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    is_shared = os.environ.get(_OURS) == "true" and count_processes() > 1
     if is_shared and writes_answers:
         raise UnsupportedError(
             "--on-policy and layers that are shared out do not go together",

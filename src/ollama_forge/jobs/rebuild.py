@@ -14,16 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ollama_forge.errors import NotFoundError, StoreError, UnsupportedError
+from ollama_forge.errors import NameInvalidError, NotFoundError, StoreError
 from ollama_forge.files import Progress, disk_error, no_progress
 from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.landing import LandedModel
 from ollama_forge.jobs.lineage import content_digest, unrecorded
-from ollama_forge.jobs.rebuild_steps import MADE_ON_THE_WAY, STEPS, find_source, repeat_step
+from ollama_forge.jobs.rebuild_steps import MADE_ON_THE_WAY, MODELS, find_source, repeat_step, require_repeatable
 from ollama_forge.registry.document import Document, Landing, Parent
 from ollama_forge.registry.lifecycle import find_entries, store_folder
 from ollama_forge.store.catalog import Store
 from ollama_forge.store.installed import InstalledModel
+from ollama_forge.store.name import parse_name
 from ollama_forge.store.publish import publish_manifest
 
 
@@ -84,13 +85,13 @@ def rebuild(
     if folder is None:
         raise NotFoundError(f"{entry.name!r} is in no store of this machine", next="ollama-forge registry import")
     digest = entry.identity.manifest_digest
-    work = _Rebuild(document, whole)
-    work.plan(digest, entry.served_model_id or entry.name)
+    work, name = _Rebuild(document, folder, whole), entry.served_model_id or entry.name
+    work.plan(digest, name)
     if dry_run:
         return Rebuilt(entry.name, digest, "", tuple(work.steps), is_dry_run=True)
     with _scratch_store(folder) as scratch, unrecorded():
         options = LandOptions(scratch.models_dir, overwrite=True, check=False, progress=progress)
-        made = work.make(digest, scratch, options)
+        made = work.make(digest, name, scratch, options)
     return Rebuilt(entry.name, digest, f"sha256:{made.digest}", tuple(work.steps))
 
 
@@ -104,20 +105,30 @@ def _scratch_store(beside: Path) -> Iterator[Store]:
         yield Store(Path(name))
 
 
-def _share_into(scratch: Store, model: InstalledModel) -> InstalledModel:
-    """An installed model in the scratch store too, under its own name; where links are possible nothing is copied."""
+def _share_into(scratch: Store, model: InstalledModel, name: str) -> InstalledModel:
+    """An installed model in the scratch store too, under the recorded name; where links are possible nothing is
+    copied."""
     for layer in dict.fromkeys(model.manifest.all_layers):
         scratch.blobs.put_file(model.blobs.path(layer.digest), digest=layer.digest)
     raw = Store(model.blobs.blobs_dir.parent).read_manifest_bytes(model.name) or b""
-    publish_manifest(scratch, model.name, raw, overwrite=True)
-    return scratch.find(model.name)
+    publish_manifest(scratch, parse_name(name), raw, overwrite=True)
+    return scratch.find(name)
+
+
+def _find_exact(folder: Path, name: str, digest: str) -> InstalledModel | None:
+    """The model of that name in a store, if it has that digest."""
+    with contextlib.suppress(NotFoundError, NameInvalidError):  # a path is no name
+        model = Store(folder).find(name)
+        return model if f"sha256:{model.digest}" == digest else None
+    return None
 
 
 class _Rebuild:
     """A rebuild under way: first `plan`, then `make`."""
 
-    def __init__(self, document: Document, whole: bool) -> None:
+    def __init__(self, document: Document, folder: Path, whole: bool) -> None:
         self._document = document
+        self._folder = folder
         self._whole = whole
         self.steps: list[RebuildStep] = []
 
@@ -125,7 +136,7 @@ class _Rebuild:
         """Check every source; the oldest step comes first."""
         landing = self._landing(digest, name)
         for parent in landing.parents:
-            if parent.role == "base" and self._is_made_again(parent):
+            if parent.role in MODELS and self._is_made_again(parent):
                 self.plan(parent.digest, parent.ref)
             elif parent.role not in MADE_ON_THE_WAY.get(landing.step, ()):
                 self._require(parent)
@@ -134,19 +145,24 @@ class _Rebuild:
         if step not in self.steps:
             self.steps.append(step)
 
-    def make(self, digest: str, scratch: Store, options: LandOptions) -> LandedModel:
+    def make(self, digest: str, name: str, scratch: Store, options: LandOptions) -> LandedModel:
         """Make it, and before it what it was made from, in the scratch store."""
-        landing = self._landing(digest, digest)
-        (base,) = _parents(landing, "base")
-        source: InstalledModel | Path
-        if self._is_made_again(base):
-            source = scratch.find(self.make(base.digest, scratch, options).name)
-        else:
-            installed = self._installed(base)
-            source = find_source(base) if installed is None else _share_into(scratch, installed)
-        return repeat_step(landing, source, options)
+        landing = self._landing(digest, name)
+        models = {one.role: self._place(one, scratch, options) for one in landing.parents if one.role in MODELS}
+        return repeat_step(landing, models, options)
+
+    def _place(self, parent: Parent, scratch: Store, options: LandOptions) -> InstalledModel | Path:
+        """A model that the step reads: in the scratch store, or where its file or folder lies."""
+        made = _find_exact(scratch.models_dir, parent.ref, parent.digest)
+        if made is not None:
+            return made
+        if self._is_made_again(parent):
+            return scratch.find(self.make(parent.digest, parent.ref, scratch, options).name)
+        installed = self._installed(parent)
+        return find_source(parent) if installed is None else _share_into(scratch, installed, parent.ref)
 
     def _landing(self, digest: str, name: str) -> Landing:
+        """How it was made last: the same bytes may have come about in another way under another name."""
         landings = self._document.lineage.get(digest, ())
         if not landings:
             raise NotFoundError(
@@ -154,36 +170,36 @@ class _Rebuild:
                 why="Only what this tool lands is.",
                 next=f"See what is known: ollama-forge registry lineage {name}",
             )
-        landing = landings[-1]
-        if landing.step not in STEPS or len(_parents(landing, "base")) != 1:
-            raise UnsupportedError(
-                f"The step {landing.step!r} of {landing.name!r} cannot be made again by `rebuild`",
-                why=f"It can repeat {', '.join(STEPS)}.",
-                next=_way_of(landing),
-            )
+        landing = next((one for one in reversed(landings) if one.name == name), landings[-1])
+        require_repeatable(landing)
         return landing
 
-    def _is_made_again(self, base: Parent) -> bool:
-        return base.digest in self._document.lineage and (self._whole or self._installed(base) is None)
+    def _is_made_again(self, model: Parent) -> bool:
+        return model.digest in self._document.lineage and (self._whole or self._installed(model) is None)
 
-    def _installed(self, base: Parent) -> InstalledModel | None:
+    def _installed(self, parent: Parent) -> InstalledModel | None:
+        """The Ollama model of that digest: under the recorded name beside what was made of it, or where the registry
+        knows one."""
+        places = [(self._folder, parent.ref)]
         for entry in self._document.models.values():
-            served = entry.served_model_id
-            if base.digest and entry.identity.manifest_digest == base.digest and store_folder(entry) and served:
-                try:
-                    model = Store(store_folder(entry) or Path()).find(served)
-                except NotFoundError:
-                    continue
-                if f"sha256:{model.digest}" == base.digest:
-                    return model
-        return None
+            store = store_folder(entry)
+            if entry.identity.manifest_digest == parent.digest and store and entry.served_model_id:
+                places.append((store, entry.served_model_id))
+        found = (_find_exact(store, name, parent.digest) for store, name in places)
+        return next((model for model in found if model is not None), None)
 
     def _require(self, parent: Parent) -> None:
-        if parent.role == "base" and self._installed(parent) is not None:
+        if parent.role in MODELS and self._installed(parent) is not None:
             return
         if parent.commit:
             return  # of the Hub, which is asked for that very commit
         path = Path(parent.ref)
+        if not path.is_absolute():
+            raise NotFoundError(
+                f"Ollama no longer has the {parent.role} {parent.ref!r} that was recorded",
+                why=f"No model here has the digest {parent.digest or '(none was recorded)'}.",
+                next="Pull or make that very version again; if it has another name now: ollama-forge registry import",
+            )
         if not path.exists():
             raise NotFoundError(
                 f"The {parent.role} {parent.ref!r} is gone", next="Bring it back to that place, then run this again."
@@ -194,14 +210,3 @@ class _Rebuild:
                 why=f"{parent.digest} was recorded.",
                 next="Bring the old one back.",
             )
-
-
-def _way_of(landing: Landing) -> str:
-    """What to type instead: a recipe makes its model again by itself."""
-    for parent in _parents(landing, "recipe"):
-        return f"ollama-forge build {parent.ref} --locked --force"
-    return f"Its settings and sources are recorded: ollama-forge registry lineage {landing.name}"
-
-
-def _parents(landing: Landing, role: str) -> list[Parent]:
-    return [parent for parent in landing.parents if parent.role == role]

@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,10 +26,13 @@ from ollama_forge.dataset.validate import read_dataset
 from ollama_forge.engine import loading_from_parameters, open_engine, sampling_from_parameters
 from ollama_forge.errors import DatasetError, ForgeError, NotFoundError, ServerError
 from ollama_forge.files import make_folder, write_bytes
+from ollama_forge.jobs.lineage import Ingredient, hashed_ingredient, working
 from ollama_forge.jobs.refusal_answers import as_gguf
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.store.server import OllamaServer
 
+ANSWERS = "answers"
+"""Role of the data that a teacher wrote."""
 ANSWERS_FOLDER = "answers"
 ANSWERS_FILE = "answers.jsonl"
 DONE_FILE = "done"
@@ -103,20 +107,41 @@ def read_questions(data: Sequence[Path], include: Sequence[str] = ()) -> list[Tu
     Raises:
         DatasetError: there is none.
     """
-    texts = [path for path in data if path.suffix.lower() in TEXT_ENDINGS]
+    texts, others = _question_files(data, include)
     found: dict[Turns, None] = {}
     if texts:
         for prompt in read_prompts(texts, at_least=1):
             found[(_Turn(role="user", content=prompt),)] = None
-    others = [path for path in data if path not in texts]
     if others:
-        for example in read_dataset(find_data_files(others, include)).examples:
+        for example in read_dataset(others).examples:
             turns = _question_of(example)
             if turns:
                 found[turns] = None
     if not found:
         raise DatasetError("The data hold no question", next="Give prompts (.txt, one a line) or training data.")
     return list(found)
+
+
+def _question_files(data: Sequence[Path], include: Sequence[str]) -> tuple[list[Path], tuple[Path, ...]]:
+    """Texts, and files of training data."""
+    texts = [path for path in data if path.suffix.lower() in TEXT_ENDINGS]
+    others = [path for path in data if path not in texts]
+    return texts, find_data_files(others, include) if others else ()
+
+
+def asking_work(
+    data: Sequence[Path],
+    include: Sequence[str],
+    options: AskOptions,
+    folder: Path,
+    models: Sequence[Ingredient] = (),
+) -> AbstractContextManager[None]:
+    """What the registry is told of answers that were gathered in `folder`: their questions are the data, and they
+    themselves were made on the way."""
+    texts, others = _question_files(data, include)
+    questions = [hashed_ingredient(path, "data") for path in (*texts, *others)]
+    answers = hashed_ingredient(folder / ANSWERS_FILE, ANSWERS)
+    return working("distill", [*models, *questions, answers], ask=options)
 
 
 class _Turn(dict[str, str]):

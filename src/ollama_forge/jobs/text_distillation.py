@@ -15,7 +15,7 @@ from ollama_forge.files import write_bytes
 from ollama_forge.jobs.finetune import FinetuneResult, finetune
 from ollama_forge.jobs.finetune_setup import FinetuneRequest, require_extra, require_free_name
 from ollama_forge.jobs.land_options import LandOptions
-from ollama_forge.jobs.lineage import Ingredient, ingredient_of, working
+from ollama_forge.jobs.lineage import Ingredient, hashed_ingredient
 from ollama_forge.jobs.processes import is_first_process, wait_for_first_process
 from ollama_forge.jobs.resolve import ResolvedModel, resolve
 from ollama_forge.jobs.teacher_answers import (
@@ -25,6 +25,7 @@ from ollama_forge.jobs.teacher_answers import (
     AnswerSheet,
     AskOptions,
     OnAnswered,
+    asking_work,
     gather_answers,
     read_questions,
 )
@@ -82,7 +83,7 @@ def distill_text(
     if is_first_process():
         require_free_name(student, options)
     require_extra()
-    resolve(student.base, options.store_path)
+    base = resolve(student.base, options.store_path)
     teacher = _find_teacher(request, options)
     questions = read_questions(student.data, student.include)
     if options.dry_run:
@@ -94,10 +95,10 @@ def distill_text(
         write_bytes(folder / DONE_FILE, b"", overwrite=True)
     else:
         wait_for_first_process(folder / DONE_FILE)
-    ingredient = ingredient_of(teacher, "teacher") if teacher else Ingredient("teacher", request.ask.teacher)
-    base = resolve(student.base, options.store_path)
+    taught_by = hashed_ingredient(teacher, "teacher") if teacher else Ingredient("teacher", request.ask.teacher)
+    models = [hashed_ingredient(base), taught_by]
     learning = replace(student, data=(folder / ANSWERS_FILE,), include=())
-    with working("distill", [ingredient_of(base), ingredient], ask=request.ask):
+    with asking_work(student.data, student.include, request.ask, folder, models):
         return TextDistillResult(len(questions), sheet, finetune(learning, options, on_plan=on_plan, watch=watch))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ollama_forge.jobs.finetune import TEMPLATE_FILE
 from ollama_forge.jobs.trainer_llama_cpp import LORA_NAME, SAMPLE_START
 
 
@@ -92,7 +93,7 @@ def render_script(request: ScriptRequest) -> str:
         lines += [
             "",
             f"echo '[4/{n_steps}] Landing the result in Ollama'",
-            'ollama-forge retrain --base "$BASE" --adapter "$ADAPTER" --name "$NAME"' + _tail(request.retrain_words),
+            *_landing_step(request),
         ]
     return "\n".join(lines) + "\n"
 
@@ -118,6 +119,18 @@ def _own_step(request: ScriptRequest) -> list[str]:
         '${BASE_GGUF:+--base-gguf "$BASE_GGUF"} \\',
         f'  --trainer {shlex.quote(request.trainer)} --workdir "$WORKDIR"{own_data} --skip-retrain --resume'
         + _tail(request.train_words),
+    ]
+
+
+def _landing_step(request: ScriptRequest) -> list[str]:
+    landing = 'ollama-forge retrain --base "$BASE" --adapter "$ADAPTER" --name "$NAME"'
+    if request.trainer != "builtin":
+        return [landing + _tail(request.retrain_words)]
+    return [
+        "# To a base without a chat template Ollama must send what it was trained on; that template is left beside it.",
+        f'TEMPLATE="$WORKDIR/{TEMPLATE_FILE}"',
+        'if [ ! -e "$TEMPLATE" ]; then TEMPLATE=; fi',
+        landing + ' ${TEMPLATE:+--template "@$TEMPLATE"}' + _tail(request.retrain_words),
     ]
 
 
