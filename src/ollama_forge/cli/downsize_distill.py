@@ -69,7 +69,12 @@ SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 @click.option("--merge", is_flag=True, help="Land merged weights instead of an adapter layer.")
 @click.option("--rank", type=click.IntRange(1, 4096), default=16, show_default=True, help="Rank of the LoRA matrices.")
 @click.option("--alpha", type=FiniteRange(0, min_open=True), help="LoRA alpha (default: twice the rank).")
-@click.option("--target-modules", multiple=True, metavar="NAME", help="Layers to adapt (default: all linear ones).")
+@click.option(
+    "--target-modules",
+    multiple=True,
+    metavar="NAME",
+    help="Linear layers to adapt (default: all but the head and the experts of a mixture).",
+)
 @click.option("--epochs", type=FiniteRange(0, min_open=True), default=3.0, show_default=True)
 @click.option("--max-steps", type=click.IntRange(0), default=0, help="Optimizer steps at most (0: no limit).")
 @click.option("--lr", type=FiniteRange(0, min_open=True), default=2e-4, show_default=True, help="Learning rate.")

@@ -41,7 +41,12 @@ SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 @click.option("--rank", type=click.IntRange(1, 4096), default=16, show_default=True, help="Rank of the LoRA matrices.")
 @click.option("--alpha", type=FiniteRange(0, min_open=True), help="LoRA alpha (default: twice the rank).")
 @click.option("--dropout", type=FiniteRange(0, 1, max_open=True), default=0.0, show_default=True)
-@click.option("--target-modules", multiple=True, metavar="NAME", help="Layers to adapt (default: all linear ones).")
+@click.option(
+    "--target-modules",
+    multiple=True,
+    metavar="NAME",
+    help="Linear layers to adapt (default: all but the head and the experts of a mixture).",
+)
 @click.option("--max-length", type=click.IntRange(2), default=1024, show_default=True, help="Tokens of an example.")
 @click.option("--overlong", type=click.Choice(("truncate", "drop")), default="truncate", show_default=True)
 @click.option("--learn", type=click.Choice(("assistant", "all")), default="assistant", show_default=True)

@@ -268,7 +268,7 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def _warnings(request: DistillRequest, run: PreparedRun, teacher: GGUFFile, plan: DistillPlan) -> tuple[str, ...]:
-    warnings = [text for text in run.warnings if "This run wants about" not in text]
+    warnings = [*run.data_warnings, *(() if plan.is_full else plan.training.expert_notes)]
     key = "tokenizer.chat_template"
     if run.gguf.metadata.get(key) != teacher.metadata.get(key) and not request.is_aligned:
         warnings.append(

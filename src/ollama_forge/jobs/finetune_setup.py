@@ -85,7 +85,12 @@ class PreparedRun:
     validation: TokenizedDataset | None
     loop: LoopOptions
     plan: TrainingPlan
-    warnings: tuple[str, ...]
+    data_warnings: tuple[str, ...]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a person should know of the data and the plan."""
+        return (*self.data_warnings, *self.plan.warnings)
 
 
 @contextlib.contextmanager
@@ -112,7 +117,7 @@ def prepare_run(request: FinetuneRequest, options: LandOptions) -> Iterator[Prep
         )
         loop = settle(request.loop, len(train.rows))
         plan = plan_training(request.base, gguf, train, validation, request.lora, loop, request.folder)
-        warnings = _data_warnings(dataset.warnings, train, request, plan)
+        warnings = _data_warnings(dataset.warnings, train, request)
         yield PreparedRun(origin, model, gguf, chat_format, examples, held, train, validation, loop, plan, warnings)
 
 
@@ -240,7 +245,7 @@ def claim_folder(request: FinetuneRequest, prepared: PreparedRun) -> None:
 
 
 def _data_warnings(
-    read_warnings: Mapping[str, int], train: TokenizedDataset, request: FinetuneRequest, plan: TrainingPlan
+    read_warnings: Mapping[str, int], train: TokenizedDataset, request: FinetuneRequest
 ) -> tuple[str, ...]:
     warnings = [f"{count:,} examples: {kind}" for kind, count in read_warnings.items()]
     if train.n_truncated:
@@ -250,9 +255,4 @@ def _data_warnings(
         )
     warnings += [f"{count:,} examples were left out: {kind}" for kind, count in train.dropped.items()]
     warnings += [f"{count:,} examples: {note}" for note, count in train.notes.items()]
-    if plan.light == "red":
-        warnings.append(
-            f"This run wants about {plan.memory_bytes / 1e9:.1f} GB; {(plan.available_bytes or 0) / 1e9:.1f} GB are "
-            "free: lower --max-length, --batch-size or --rank, or take a smaller base."
-        )
     return tuple(warnings)

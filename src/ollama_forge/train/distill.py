@@ -142,12 +142,6 @@ def _trainable(student: PackedModel, lora: LoraOptions, options: DistillOptions)
         unpack_weights(student)
         return student.model.train()
     adapted: Any = add_adapter(student.model, lora)
-    if student_head(student.model) is None:
-        raise TrainingError(
-            "The head of the student cannot learn through LoRA here",
-            why="The loss is computed from the head in pieces.",
-            next="Leave the head out of --target-modules, or use --full.",
-        )
     return adapted
 
 
