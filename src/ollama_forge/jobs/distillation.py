@@ -29,7 +29,7 @@ from ollama_forge.jobs.distillation_setup import (
     weights_digest,
 )
 from ollama_forge.jobs.finetune import ask_all, choose_questions, land_adapter, matching_template
-from ollama_forge.jobs.finetune_setup import RUN_FILE, require_free_name
+from ollama_forge.jobs.finetune_setup import require_extra, require_free_name
 from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.landing import LandedModel, land_gguf
 from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, working
@@ -37,6 +37,7 @@ from ollama_forge.jobs.merging import MergeInput, MergeOptions, inherited, merge
 from ollama_forge.jobs.processes import is_first_process, shares_blocks, wait_for_first_process
 from ollama_forge.jobs.pruning import PruneOptions, prune_model
 from ollama_forge.jobs.resolve import resolve
+from ollama_forge.jobs.run_folder import RUN_FILE, name_after
 from ollama_forge.jobs.teacher_answers import (
     ANSWERS_FILE,
     ANSWERS_FOLDER,
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from ollama_forge.train.report import AnswerPair
 
 MERGED_FILE = "merged.gguf"
-CUT_FILE = "cut.gguf"
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,12 @@ def _with_student(request: DistillRequest, options: LandOptions, scratch: contex
     student = request.student
     if is_first_process():
         require_free_name(student, options)
-    path = request.folder / CUT_FILE
+    require_extra(student.loop.device)
+    text = next((path for path in student.data if path.suffix.lower() in DATA_SUFFIXES and path.is_file()), None)
+    path = request.folder / name_after("cut", request.teacher, request.cut, text)
     if options.dry_run and not path.exists():
-        path = Path(scratch.enter_context(tempfile.TemporaryDirectory(prefix="ollama-forge-"))) / CUT_FILE
+        path = Path(scratch.enter_context(tempfile.TemporaryDirectory(prefix="ollama-forge-"))) / path.name
     if not path.exists():
-        text = next((path for path in student.data if path.suffix.lower() in DATA_SUFFIXES and path.is_file()), None)
         width = {"hidden": Amount(count=request.cut.hidden)} if request.cut.hidden is not None else {}
         wanted = PruneOptions(
             n_layers=request.cut.n_layers,
