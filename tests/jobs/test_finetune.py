@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ from learnt_model import (
     held_out_triggers,
 )
 
+from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.jobs.resolve import resolve
 
 DATA = DEMO_DIR / "finetune.jsonl"
@@ -148,6 +151,19 @@ def test_a_folder_of_another_base_is_not_taken_for_the_one_before(store: Path, t
     (made,) = (tmp_path / "run").glob("base-*.gguf")
     assert forge("finetune", "--data", DATA, "--base", DEMO_MODEL, *argv).code == 0
     assert len(list((tmp_path / "run").glob("base-*.gguf"))) == 2 and made.exists()
+
+
+def test_a_base_that_is_broken_is_named_before_the_first_step(tmp_path: Path) -> None:
+    broken, work = tmp_path / "broken.gguf", tmp_path / "run"
+    forge_json("convert", DEMO_MODEL, "-o", broken)
+    with open_gguf(broken) as gguf:
+        place = gguf.span("output_norm.weight").offset
+    with broken.open("r+b") as file:
+        file.seek(place)
+        file.write(struct.pack("<f", math.nan))
+    ended = forge("finetune", "--data", DATA, "--base", broken, "--skip-retrain", "--workdir", work, *FAST)
+    assert ended.code == 1 and str(broken) in ended.err and "weights are not finite" in ended.err
+    assert "--lr" not in ended.err and not list(work.glob("checkpoint-*"))
 
 
 def test_a_gguf_and_a_folder_train_through_the_same_command(tmp_path: Path) -> None:

@@ -71,7 +71,8 @@ def train_adapter(
         is_shared: the packed layers are shared out over the processes (`train.shared_blocks`).
 
     Raises:
-        TrainingError: nothing was learnt, the loss is not a number, or there is nothing to train on.
+        TrainingError: the base's weights are not finite, nothing was learnt, the loss is not a number, or there is
+            nothing to train on.
         InterruptedRunError: Ctrl-C; a checkpoint was written.
     """
     started = time.monotonic()
@@ -102,6 +103,7 @@ def train_adapter(
         trainer.remove_callback(PrinterCallback)
         install_chunked_loss(model)
         base_loss = mean_loss(adapted, judged)  # B is zero still
+        require_finite(base_loss, f"the base {base!r}")
         checkpoint = find_checkpoint(folder) if resume else None
         with GracefulInterrupt(recorder):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -189,6 +191,20 @@ def require_labels(rows: Sequence[Tokenized]) -> None:
             f"None of the {len(rows)} examples has a token to learn",
             why="Every token is masked: the answers are empty, or cut off by --max-length.",
             next="Look at the mask: ollama-forge train-data stats DATA --base REF",
+        )
+
+
+def require_finite(loss: float, model: str) -> None:
+    """Refuse a model that is broken before the first step.
+
+    Raises:
+        TrainingError: with the model.
+    """
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"The loss of {model} is {loss} before the first step",
+            why="Its weights are not finite: NaN or infinite numbers are among them, or come of them.",
+            next="Fetch or convert that model again, or choose another one: ollama-forge list",
         )
 
 
