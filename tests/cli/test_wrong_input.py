@@ -197,3 +197,40 @@ def test_atomic_output_keeps_the_old_file_when_the_writer_fails(tmp_path: Path) 
     with atomic_output(target, overwrite=True) as sink:
         write_gguf(sink, [string("general.architecture", "x")], [])
     assert target.read_bytes()[:4] == b"GGUF"
+
+
+FINETUNE = ("finetune", "--data", "absent.jsonl", "--base", "absent.gguf", "--name", "r")
+DISTILL = ("downsize", "distill", "--teacher", "a.gguf", "--student", "b.gguf", "--data", "d.jsonl", "--name", "r")
+PIPELINE = ("downsize", "pipeline", "absent.gguf", "--name", "r", "--target", "60%", "--data", "absent.jsonl")
+APPLY = ("abliterate", "apply", "absent.gguf", "--directions", str(DEMO_MODEL / "config.json"), "--name", "r")
+OPTIMIZE = ("abliterate", "optimize", "--model", "absent.gguf", "--harmful", "a.txt", "--harmless", "b.txt")
+MERGE = ("merge", "absent.gguf", "./adapter", "--name", "r")
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        *((FINETUNE, option) for option in ("--lr", "--epochs", "--warmup", "--dropout", "--alpha", "--val-split")),
+        *((DISTILL, option) for option in ("--lr", "--epochs", "--beta", "--kd-temperature", "--ce-weight")),
+        *((DISTILL, option) for option in ("--on-policy", "--weight-decay")),
+        *((PIPELINE, option) for option in ("--lr", "--epochs")),
+        *((APPLY, option) for option in ("--strength", "--layer", "--kernel-center-frac", "--kernel-width-frac")),
+        (OPTIMIZE, "--timeout"),
+        (MERGE, "--weight"),
+    ],
+)
+def test_a_number_that_is_none_or_infinite_is_a_wrong_use_before_anything_is_opened(
+    command: tuple[str, ...], option: str
+) -> None:
+    assert_refused(*command, option, "nan", code=2, says=f"Invalid value for '{option}': nan is not a finite number")
+    assert_refused(*command, option, "inf", code=2, says=f"Invalid value for '{option}': inf is not")
+
+
+def test_a_config_file_cannot_say_such_a_number_either(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("lr: .nan\n")
+    assert_refused(*FINETUNE, "--config", config, code=2, says="Invalid value for '--lr': nan is not a finite number")
+
+
+def test_an_alpha_that_would_turn_the_adapter_round_is_refused() -> None:
+    assert_refused(*FINETUNE, "--alpha", "-5", code=2, says="'--alpha': -5.0 is not in the range x>0")

@@ -374,3 +374,17 @@ def wait_for(is_done: Any, child: subprocess.Popen[Any]) -> None:
     while not is_done():
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_run_that_could_not_start_leaves_its_folder_free(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    folder = tmp_path / "run"
+    no_card = forge(*words(here, folder, *SHORT, "--device", "cuda"))
+    no_layer = forge(*words(here, folder, *SHORT, "--target-modules", "lm_head"))
+    assert (no_card.code, no_layer.code) == (2, 1) and "no layer 'lm_head'" in no_layer.err
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")  # of a run that was killed before its first checkpoint
+    forge_json(*words(here, folder, *SHORT))

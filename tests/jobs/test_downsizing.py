@@ -155,7 +155,7 @@ def test_lora_healing_of_a_folder_in_two_steps_through_a_cache(here: Path, tmp_p
     assert forge_json("registry", "rebuild", result["landed"]["digest"])["same"] is True
     shutil.move(tmp_path / "moved", tmp_path / "work")
     other = forge(*argv, "--rank", "4", "--name", "other")
-    assert other.code == 1 and "another downsizing" in other.err
+    assert other.code == 1 and "another downsizing" in other.err and f"rm -r {tmp_path / 'work'}" in other.err
 
 
 def test_a_dry_run_prints_steps_with_memory_disk_and_time(here: Path, tmp_path: Path) -> None:
@@ -293,3 +293,15 @@ def test_a_folder_is_converted_first_in_the_script(here: Path, tmp_path: Path) -
     text = forge_json(*argv, "--write-script", tmp_path / "d.sh", "--dry-run")["text"]
     assert 'ollama-forge convert "$MODEL" -o "$WORKDIR/original.gguf"' in text
     assert not (tmp_path / "d.sh").exists()
+
+
+def test_a_pipeline_that_could_not_start_leaves_its_folder_free(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = words(here, tmp_path, "--target", "60%", "--max-steps", "1", "--max-length", "64", "--no-check")
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.cuda.is_available", lambda: False)
+        assert forge(*argv, "--device", "cuda").code == 2 and not (tmp_path / "work").exists()
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "pipeline.json").write_text("{}")  # of one that was killed before its first cut
+    forge_json(*argv)

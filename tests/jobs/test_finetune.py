@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -22,6 +25,7 @@ from learnt_model import (
     held_out_triggers,
 )
 
+from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.jobs.resolve import resolve
 
 DATA = DEMO_DIR / "finetune.jsonl"
@@ -109,6 +113,57 @@ def test_a_resumed_run_must_be_asked_the_same(store: Path, tmp_path: Path) -> No
     train(store, tmp_path / "run", "--max-steps", "1")
     ended = forge(*words(store, tmp_path / "run", "--max-steps", "1", "--resume", "--rank", "4"))
     assert ended.code == 1 and "asked something else" in ended.err
+
+
+def test_a_run_that_could_not_start_leaves_its_folder_free(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    folder = tmp_path / "run"
+    short = ("--max-steps", "1")
+    for wrong, code in ((("--device", "cuda"), 2), (("--target-modules", "nothing"), 1)):
+        for mode in ("--dry-run", "--quiet"):
+            ended = forge(*words(store, folder, *short, *wrong, mode))
+            assert ended.code == code and not folder.exists(), ended.err
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")  # of a run that was killed before its first checkpoint
+    assert forge(*words(store, folder, *short)).code == 0
+
+
+def test_what_to_do_about_a_folder_that_is_taken_works(store: Path, tmp_path: Path) -> None:
+    folder = train(store, tmp_path / "run", "--max-steps", "1")
+    for more in ((), ("--rank", "4"), ("--rank", "4", "--resume")):
+        ended = forge(*words(store, folder, "--max-steps", "1", *more))
+        assert ended.code == 1 and f"rm -r {folder}" in ended.err and "It is finished" in ended.err
+    (folder / "adapter").rename(tmp_path / "adapter")
+    changed = forge(*words(store, folder, "--max-steps", "1", "--rank", "4", "--resume"))
+    assert "not finished" in changed.err and "Add --resume" not in changed.err and "another --workdir" in changed.err
+    assert "Add --resume" in forge(*words(store, folder, "--max-steps", "1")).err
+    assert forge(*words(store, folder, "--max-steps", "1", "--resume")).code == 0
+
+
+def test_a_folder_of_another_base_is_not_taken_for_the_one_before(store: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(DEMO_MODEL, other)
+    argv = [*("--skip-retrain", "--workdir", tmp_path / "run", "--max-steps", "1", "--max-length", "64")]
+    bad = forge("finetune", "--data", DATA, "--base", other, *argv, "--target-modules", "nothing")
+    assert bad.code == 1
+    (made,) = (tmp_path / "run").glob("base-*.gguf")
+    assert forge("finetune", "--data", DATA, "--base", DEMO_MODEL, *argv).code == 0
+    assert len(list((tmp_path / "run").glob("base-*.gguf"))) == 2 and made.exists()
+
+
+def test_a_base_that_is_broken_is_named_before_the_first_step(tmp_path: Path) -> None:
+    broken, work = tmp_path / "broken.gguf", tmp_path / "run"
+    forge_json("convert", DEMO_MODEL, "-o", broken)
+    with open_gguf(broken) as gguf:
+        place = gguf.span("output_norm.weight").offset
+    with broken.open("r+b") as file:
+        file.seek(place)
+        file.write(struct.pack("<f", math.nan))
+    ended = forge("finetune", "--data", DATA, "--base", broken, "--skip-retrain", "--workdir", work, *FAST)
+    assert ended.code == 1 and str(broken) in ended.err and "weights are not finite" in ended.err
+    assert "--lr" not in ended.err and not list(work.glob("checkpoint-*"))
 
 
 def test_a_gguf_and_a_folder_train_through_the_same_command(tmp_path: Path) -> None:

@@ -161,3 +161,15 @@ def test_whatever_stands_in_a_recipe_it_is_read_or_refused_with_words(tmp_path: 
     checked = check_recipe(path)
     assert (checked.recipe is None) == bool(checked.problems)
     assert all(0 <= problem.line <= text.count("\n") + 2 and problem.what for problem in checked.problems)
+
+
+def test_numbers_that_are_none_or_infinite_are_told_with_their_line(tmp_path: Path) -> None:
+    checked = check(
+        tmp_path,
+        "name: a\nbase: b\nsteps:\n"
+        "  - finetune:\n      data: .\n      lr: nan\n      epochs: inf\n      alpha: -5\n"
+        "  - downsize:\n      target: 60%\n      data: .\n      lr: nan\n"
+        "  - abliterate:\n      harmful: .\n      harmless: .\n      kernel_center: nan\n",
+    )
+    assert [problem.line for problem in checked.problems] == [6, 7, 8, 12, 16]
+    assert all("finite number" in checked.problems[number].hint for number in (0, 1, 3, 4))

@@ -7,19 +7,19 @@ from typing import Any
 
 import click
 
-from ollama_forge.cli.options import Command
+from ollama_forge.cli.options import Command, FiniteRange
 
 KERNELS = ("constant", "linear_peak", "gaussian")
 
 
 def ablation_options(function: Command) -> Command:
     """All of them; the command receives `ablation`, an `AblationOptions`."""
-    at_least_0 = click.IntRange(0)
+    at_least_0, number = click.IntRange(0), FiniteRange()
     declared = [
-        click.option("--strength", type=float, default=1.0, show_default=True, help="1 takes out, 0 leaves, 2 turns."),
-        click.option("--atten-strength", "--attention-strength", "attention", type=float, help="Of attention alone."),
-        click.option("--mlp-strength", "mlp", type=float, help="Of the feed-forward parts alone."),
-        click.option("--layer", type=float, metavar="L", help="Use this layer's direction everywhere; 3.5: between."),
+        click.option("--strength", type=number, default=1.0, show_default=True, help="1 takes out, 0 leaves, 2 turns."),
+        click.option("--atten-strength", "--attention-strength", "attention", type=number, help="Of attention alone."),
+        click.option("--mlp-strength", "mlp", type=number, help="Of the feed-forward parts alone."),
+        click.option("--layer", type=number, metavar="L", help="Use this layer's direction everywhere; 3.5: between."),
         click.option(
             "--per-layer/--one-layer", "per_layer", default=None, help="Each layer its own (default: as the file says)."
         ),
@@ -30,11 +30,11 @@ def ablation_options(function: Command) -> Command:
             help="How the strength runs over the layers.",
         ),
         click.option(
-            "--kernel-center-frac", "kernel_center", type=float, default=0.5, show_default=True,
+            "--kernel-center-frac", "kernel_center", type=number, default=0.5, show_default=True,
             help="Where it is strongest, as a share of the depth.",
         ),
         click.option(
-            "--kernel-width-frac", "kernel_width", type=float, default=0.4, show_default=True,
+            "--kernel-width-frac", "kernel_width", type=number, default=0.4, show_default=True,
             help="How wide it is, as a share of the depth.",
         ),
         click.option(

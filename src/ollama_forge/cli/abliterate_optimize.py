@@ -14,7 +14,7 @@ from ollama_forge.cli.abliterate_run import show_result
 from ollama_forge.cli.config_file import config_option
 from ollama_forge.cli.console import Console
 from ollama_forge.cli.landing import landing_options
-from ollama_forge.cli.options import modelfile_options
+from ollama_forge.cli.options import FiniteRange, modelfile_options
 from ollama_forge.cli.prompt_options import PromptPaths, StepLine, prompt_options, read_prompt_files
 from ollama_forge.errors import UsageError
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 @click.option(
     "--n-trials", "--max-evals", type=click.IntRange(1), default=60, show_default=True, help="In the end, in all."
 )
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Stop looking after this.")
+@click.option("--timeout", type=FiniteRange(0, min_open=True), metavar="SECONDS", help="Stop looking after this.")
 @click.option("--pick", metavar="BEST|N", help="Apply 'best' (fewest refusals) or trial N; with --name land it.")
 @click.option("--max-parallel", type=click.IntRange(1), default=1, hidden=True)
 @click.option("--eval-prompt-set", type=click.Path(path_type=Path), hidden=True)

@@ -12,7 +12,7 @@ import click
 from ollama_forge.cli.config_file import config_option
 from ollama_forge.cli.console import Console, human_bytes, human_count
 from ollama_forge.cli.landing import landing_options
-from ollama_forge.cli.options import modelfile_options
+from ollama_forge.cli.options import FiniteRange, modelfile_options
 from ollama_forge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,11 +41,15 @@ SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 @click.option("--include", multiple=True, metavar="GLOB", help="Other files of a --data folder than *.jsonl.")
 @click.option("--loss", type=click.Choice(LOSSES), default="forward-kl", show_default=True, help="What is minimised.")
 @click.option(
-    "--beta", type=float, default=0.5, show_default=True, help="Of jsd: towards 0 forward, towards 1 reverse."
+    "--beta", type=FiniteRange(), default=0.5, show_default=True, help="Of jsd: towards 0 forward, towards 1 reverse."
 )
-@click.option("--kd-temperature", type=float, default=1.0, show_default=True, help="Softens both predictions.")
-@click.option("--ce-weight", type=float, default=0.0, show_default=True, help="Share of plain cross-entropy, 0 to 1.")
-@click.option("--on-policy", type=float, default=0.0, show_default=True, help="Share of batches the student answers.")
+@click.option("--kd-temperature", type=FiniteRange(), default=1.0, show_default=True, help="Softens both predictions.")
+@click.option(
+    "--ce-weight", type=FiniteRange(), default=0.0, show_default=True, help="Share of plain cross-entropy, 0 to 1."
+)
+@click.option(
+    "--on-policy", type=FiniteRange(), default=0.0, show_default=True, help="Share of batches the student answers."
+)
 @click.option("--on-policy-tokens", type=click.IntRange(1), default=64, show_default=True, help="Of such an answer.")
 @click.option("--cache", is_flag=True, help="Ask the teacher once and keep its predictions on disk, compressed.")
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Where (default: in --workdir); implies --cache.")
@@ -64,23 +68,26 @@ SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 @click.option("--quant", metavar="TYPE", help="Land the student in this quantization (default: as it is).")
 @click.option("--merge", is_flag=True, help="Land merged weights instead of an adapter layer.")
 @click.option("--rank", type=click.IntRange(1, 4096), default=16, show_default=True, help="Rank of the LoRA matrices.")
-@click.option("--alpha", type=float, help="LoRA alpha (default: twice the rank).")
-@click.option("--target-modules", multiple=True, metavar="NAME", help="Layers to adapt (default: all linear ones).")
-@click.option("--epochs", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True)
-@click.option("--max-steps", type=click.IntRange(0), default=0, help="Stop after so many optimizer steps.")
-@click.option("--lr", type=click.FloatRange(0, min_open=True), default=2e-4, show_default=True, help="Learning rate.")
+@click.option("--alpha", type=FiniteRange(0, min_open=True), help="LoRA alpha (default: twice the rank).")
+@click.option(
+    "--target-modules",
+    multiple=True,
+    metavar="NAME",
+    help="Linear layers to adapt (default: all but the head and the experts of a mixture).",
+)
+@click.option("--epochs", type=FiniteRange(0, min_open=True), default=3.0, show_default=True)
+@click.option("--max-steps", type=click.IntRange(0), default=0, help="Optimizer steps at most (0: no limit).")
+@click.option("--lr", type=FiniteRange(0, min_open=True), default=2e-4, show_default=True, help="Learning rate.")
 @click.option("--max-length", type=click.IntRange(2), default=1024, show_default=True, help="Tokens of an example.")
 @click.option("--overlong", type=click.Choice(("truncate", "drop")), default="truncate", show_default=True)
 @click.option("--learn", type=click.Choice(("assistant", "all")), help="Default: all; with --on-policy: assistant.")
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--grad-accum", type=click.IntRange(1), help="Batches per optimizer step (default: 8, fewer for few).")
-@click.option("--warmup", type=click.FloatRange(0), default=0.03, show_default=True, help="Steps, or a share below 1.")
+@click.option("--warmup", type=FiniteRange(0), default=0.03, show_default=True, help="Steps, or a share below 1.")
 @click.option("--scheduler", type=click.Choice(SCHEDULERS), default="cosine", show_default=True)
-@click.option("--weight-decay", type=click.FloatRange(0), default=0.0, show_default=True)
+@click.option("--weight-decay", type=FiniteRange(0), default=0.0, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option(
-    "--val-split", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="Share held back to judge by."
-)
+@click.option("--val-split", type=FiniteRange(0, 1, max_open=True), default=0.0, help="Share held back to judge by.")
 @click.option("--early-stop", type=click.IntRange(0), default=0, help="Evaluations without progress before it ends.")
 @click.option("--checkpoint-every", type=click.IntRange(0), default=0, help="Optimizer steps (default: ten in a run).")
 @click.option("--no-checkpointing", is_flag=True, help="Keep activations: faster, and much more memory.")

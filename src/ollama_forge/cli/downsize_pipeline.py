@@ -10,7 +10,7 @@ import click
 from ollama_forge.cli.config_file import config_option
 from ollama_forge.cli.console import Console, human_bytes, human_count
 from ollama_forge.cli.landing import landing_options
-from ollama_forge.cli.options import modelfile_options
+from ollama_forge.cli.options import FiniteRange, modelfile_options
 from ollama_forge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -40,9 +40,9 @@ _HEALING |= {"seed": "--seed", "device": "--device"}
 @click.option("--full", "is_full", is_flag=True, help="Heal every weight, not through LoRA matrices.")
 @click.option("--cache", is_flag=True, help="Ask the original once and keep its predictions on disk, compressed.")
 @click.option("--loss", type=click.Choice(("forward-kl", "reverse-kl", "jsd")), default="forward-kl", show_default=True)
-@click.option("--epochs", type=click.FloatRange(0, min_open=True), default=3.0, show_default=True, help="Of a healing.")
-@click.option("--max-steps", type=click.IntRange(0), default=0, help="Of a healing: stop after so many steps.")
-@click.option("--lr", type=click.FloatRange(0, min_open=True), default=2e-4, show_default=True, help="Learning rate.")
+@click.option("--epochs", type=FiniteRange(0, min_open=True), default=3.0, show_default=True, help="Of a healing.")
+@click.option("--max-steps", type=click.IntRange(0), default=0, help="Of a healing: steps at most (0: no limit).")
+@click.option("--lr", type=FiniteRange(0, min_open=True), default=2e-4, show_default=True, help="Learning rate.")
 @click.option("--rank", type=click.IntRange(1, 4096), default=16, show_default=True, help="Rank of the LoRA matrices.")
 @click.option("--max-length", type=click.IntRange(2), default=1024, show_default=True, help="Tokens of an example.")
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True)

@@ -10,7 +10,7 @@ import click
 from ollama_forge.cli.console import Console, human_bytes
 from ollama_forge.cli.landing import landing_options, report_landed
 from ollama_forge.cli.measured import measure_options, show_cost
-from ollama_forge.cli.options import modelfile_options, threads_option
+from ollama_forge.cli.options import FiniteRange, modelfile_options, threads_option
 from ollama_forge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,7 +34,12 @@ _SHOWN = 12
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The GGUF file (or folder) to write.")
 @click.option("--name", help="The Ollama model to make.")
 @click.option(
-    "--weight", "weights", multiple=True, type=float, metavar="X", help="Strength of each adapter, in order (1.0)."
+    "--weight",
+    "weights",
+    multiple=True,
+    type=FiniteRange(),
+    metavar="X",
+    help="Strength of each adapter, in order (1.0).",
 )
 @click.option("--imatrix", type=click.Path(path_type=Path, exists=True), help="Importance matrix for what is edited.")
 @click.option("--untie", is_flag=True, help="Give a model with a tied output head one of its own, where needed.")

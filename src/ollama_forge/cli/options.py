@@ -6,6 +6,7 @@ Each is a decorator; `modelfile_options` hands the command one `changes` value i
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,21 @@ from ollama_forge.errors import ModelfileError, UsageError
 Command = Callable[..., Any]
 
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
+
+
+class FiniteRange(click.FloatRange):
+    """A number within bounds, or any number; never NaN, which no bound stops, nor infinity."""
+
+    name = "float"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
+
+    def _describe_range(self) -> str:
+        return "" if self.min is None and self.max is None else super()._describe_range()
 
 
 def console_options(function: Command) -> Command:

@@ -36,7 +36,7 @@ from ollama_forge.jobs.finetune import (
     name_for_others,
     recorded_settings,
 )
-from ollama_forge.jobs.finetune_setup import RUN_FILE, require_free_name
+from ollama_forge.jobs.finetune_setup import require_extra, require_free_name
 from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.landing import LandedModel, land_gguf
 from ollama_forge.jobs.lineage import hashed_ingredient, modelfile_text, working
@@ -44,6 +44,7 @@ from ollama_forge.jobs.merging import MergeInput, MergeOptions, inherited, merge
 from ollama_forge.jobs.processes import count_processes, is_first_process, shares_blocks, wait_for_first_process
 from ollama_forge.jobs.pruning import PruneOptions, prune_model
 from ollama_forge.jobs.resolve import resolve
+from ollama_forge.jobs.run_folder import RUN_FILE, name_after
 from ollama_forge.jobs.teacher_answers import (
     ANSWERS_FILE,
     ANSWERS_FOLDER,
@@ -62,7 +63,6 @@ if TYPE_CHECKING:
     from ollama_forge.train.report import AnswerPair
 
 MERGED_FILE = "merged.gguf"
-CUT_FILE = "cut.gguf"
 
 
 @dataclass(frozen=True)
@@ -151,12 +151,13 @@ def _with_student(request: DistillRequest, options: LandOptions, stack: contextl
     student = request.student
     if is_first_process():
         require_free_name(student, options)
-    path = request.folder / CUT_FILE
+    require_extra(student.loop.device)
+    data = find_data_files(student.data, student.include)
+    text = next((path for path in data if path.suffix.lower() in DATA_SUFFIXES), None)
+    path = request.folder / name_after("cut", request.teacher, request.cut, text)
     if options.dry_run and not path.exists():
-        path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ollama-forge-"))) / CUT_FILE
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ollama-forge-"))) / path.name
     if not path.exists():
-        data = find_data_files(student.data, student.include)
-        text = next((path for path in data if path.suffix.lower() in DATA_SUFFIXES), None)
         width = {"hidden": Amount(count=request.cut.hidden)} if request.cut.hidden is not None else {}
         wanted = PruneOptions(
             n_layers=request.cut.n_layers,

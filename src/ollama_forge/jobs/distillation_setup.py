@@ -6,7 +6,6 @@ In: a `DistillRequest`. Out: a `PreparedDistillation`, or an error before any wo
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -19,12 +18,11 @@ from ollama_forge.dataset.chat_format import chat_format_of
 from ollama_forge.dataset.examples import hash_examples
 from ollama_forge.dataset.render import RenderOptions
 from ollama_forge.dataset.tokenize import TokenizedDataset, tokenize_examples
-from ollama_forge.errors import DatasetError, DigestError, ExistsError, TrainingError, UsageError
-from ollama_forge.files import hash_file, make_folder, write_bytes
+from ollama_forge.errors import DatasetError, DigestError, TrainingError, UsageError
+from ollama_forge.files import hash_file
 from ollama_forge.gguf.reader import GGUFFile, open_gguf
 from ollama_forge.jobs.conversion import quantize_options
 from ollama_forge.jobs.finetune_setup import (
-    RUN_FILE,
     FinetuneRequest,
     PreparedRun,
     as_trainable,
@@ -36,6 +34,7 @@ from ollama_forge.jobs.finetune_setup import (
 from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.processes import is_first_process
 from ollama_forge.jobs.resolve import ResolvedModel, resolve
+from ollama_forge.jobs.run_folder import claim_folder
 from ollama_forge.jobs.teacher_answers import AskOptions
 from ollama_forge.jobs.training_plan import TrainingPlan
 from ollama_forge.store.digest import parse_digest
@@ -211,7 +210,7 @@ def check_models(request: DistillRequest, options: LandOptions) -> tuple[Resolve
     """
     if is_first_process():
         require_free_name(request.student, options)
-    require_extra()
+    require_extra(request.student.loop.device)
     if request.quant is not None:
         quantize_options(request.quant)
     teacher = resolve(request.teacher, options.store_path)
@@ -271,7 +270,7 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def _warnings(request: DistillRequest, run: PreparedRun, teacher: GGUFFile, plan: DistillPlan) -> tuple[str, ...]:
-    warnings = [text for text in run.warnings if "This run wants about" not in text]
+    warnings = [*run.data_warnings, *(() if plan.is_full else plan.training.expert_notes)]
     key = "tokenizer.chat_template"
     if run.gguf.metadata.get(key) != teacher.metadata.get(key) and not request.is_aligned:
         warnings.append(
@@ -287,10 +286,10 @@ def _warnings(request: DistillRequest, run: PreparedRun, teacher: GGUFFile, plan
 
 
 def claim_distillation(request: DistillRequest, prepared: PreparedDistillation) -> None:
-    """One folder, one run: what it was asked is written down, and a resumed run must have been asked the same.
+    """Take the working folder for this run.
 
     Raises:
-        ExistsError: there is another run in the folder, or this one and no `resume`.
+        ExistsError: there is another run in it, or this one and it is not to be resumed.
     """
     run = prepared.run
     asked = {
@@ -305,27 +304,7 @@ def claim_distillation(request: DistillRequest, prepared: PreparedDistillation) 
         "learn": request.student.learn,
         "options": asdict(request.options),
     }
-    claim_folder(request.folder, json.dumps(asked, indent=2, sort_keys=True), is_resumed=request.student.resume)
-
-
-def claim_folder(folder: Path, text: str, *, is_resumed: bool) -> None:
-    """Write down what a run was asked, or compare it with what was written down."""
-    path = folder / RUN_FILE
-    if not path.exists():
-        make_folder(folder)
-        write_bytes(path, text.encode())
-        return
-    if not is_resumed:
-        raise ExistsError(
-            f"There is a run in {str(folder)!r} already",
-            next="Add --resume to go on, choose another --workdir, or remove the folder.",
-        )
-    if path.read_text(encoding="utf-8") != text:
-        raise ExistsError(
-            f"The run in {str(folder)!r} was asked something else",
-            why="Models, data or options differ from those it began with.",
-            next="Use the same command as before, or another --workdir.",
-        )
+    claim_folder(request.folder, asked, is_resumed=request.student.resume)
 
 
 def weights_digest(path: Path) -> str:

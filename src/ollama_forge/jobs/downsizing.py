@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.jobs.calibration import DATA_SUFFIXES, CalibrationOptions
 from ollama_forge.jobs.conversion import ConvertOptions, convert_folder, quantize_file, quantize_options
 from ollama_forge.jobs.distillation import distill
-from ollama_forge.jobs.distillation_setup import RUN_FILE, DistillRequest, metadata_of, weights_digest
+from ollama_forge.jobs.distillation_setup import DistillRequest, metadata_of, weights_digest
 from ollama_forge.jobs.downsizing_plan import PipelinePlan, PipelineRequest, PruneStep, plan_pipeline
 from ollama_forge.jobs.downsizing_report import Row, judge_rows, measure_speed, write_comparison
 from ollama_forge.jobs.finetune_setup import FinetuneRequest, require_extra, require_free_name
@@ -35,6 +36,7 @@ from ollama_forge.jobs.measure import MeasureRequest, measure
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, inherited, merge_model
 from ollama_forge.jobs.pruning import PruneOptions, prune_model
 from ollama_forge.jobs.resolve import ResolvedModel, resolve
+from ollama_forge.jobs.run_folder import RUN_FILE
 from ollama_forge.train.options import IMPORTANCE_FILE, Watch, plan_steps, settle
 
 if TYPE_CHECKING:
@@ -108,7 +110,7 @@ def prepare(request: PipelineRequest, options: LandOptions) -> tuple[PipelinePla
     if request.quant is not None:
         quantize_options(request.quant)
     require_free_name(replace(training, skip_landing=False), options)
-    require_extra()
+    require_extra(request.loop.device)
     if request.text is not None and not request.text.is_file():
         raise NotFoundError(f"There is no text {str(request.text)!r}", next="Check the path given to --text.")
     return plan_pipeline(request, model, count_tokens(request, model)), model
@@ -217,13 +219,15 @@ class _Pipeline:
         text = json.dumps(asked, indent=2, sort_keys=True)
         path = request.folder / PIPELINE_FILE
         make_folder(request.folder)
-        if not path.exists():
-            write_bytes(path, text.encode())
+        has_work = any(entry.name != PIPELINE_FILE for entry in request.folder.iterdir())
+        if not path.exists() or not has_work:
+            write_bytes(path, text.encode(), overwrite=True)
         elif path.read_text(encoding="utf-8") != text:
             raise ExistsError(
                 f"{str(request.folder)!r} holds another downsizing",
                 why="Model, target, data or options differ from those it began with.",
-                next="Use the same command as before, another --workdir, or remove the folder.",
+                next="Choose another --workdir, or remove the folder: "
+                f"rm -r {shlex.quote(str(request.folder))} (the command it began with goes on).",
             )
 
     def _identity(self) -> str:

@@ -22,7 +22,7 @@ from ollama_forge.jobs.adapters import prepare_adapter
 from ollama_forge.jobs.finetune_setup import (
     FinetuneRequest,
     PreparedRun,
-    claim_folder,
+    claim_run,
     prepare_run,
     require_extra,
     require_free_name,
@@ -33,6 +33,7 @@ from ollama_forge.jobs.lineage import file_ingredient, hashed_ingredient, ingred
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, inherited, merge_and_land
 from ollama_forge.jobs.processes import count_processes, is_first_process, shares_blocks, wait_for_first_process
 from ollama_forge.jobs.resolve import ResolvedModel
+from ollama_forge.jobs.run_folder import RUN_FILE
 from ollama_forge.jobs.training_plan import TrainingPlan
 from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.train.options import IMPORTANCE_FILE, TrainedAdapter, Watch
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
 N_QUESTIONS = 3
 ANSWER_TOKENS = 96
-RUN_FILE = "run.json"
 TWIN = "base_gguf"
 """Role of a GGUF that was trained on in place of the base itself."""
 TEMPLATE_FILE = "template.txt"
@@ -100,6 +100,7 @@ def finetune(
         TrainingError: the base cannot be trained, or training did nothing.
         UnsupportedError: processes that were started in a way that cannot work here.
         ExistsError: the name or the working folder is taken.
+        UsageError: the device that was asked for is not here.
         MissingExtraError: torch and its friends are not installed.
     """
     shares_blocks()
@@ -107,14 +108,14 @@ def finetune(
         wait_for_first_process(request.folder / RUN_FILE)
     if is_first_process():
         require_free_name(request, options)
-    require_extra()
+    require_extra(request.loop.device)
     with prepare_run(request, options) as prepared:
         if on_plan and is_first_process():
             on_plan(prepared.plan)
         if options.dry_run:
             return FinetuneResult(prepared.plan, warnings=prepared.warnings)
         if is_first_process():
-            claim_folder(request, prepared)
+            claim_run(request, prepared)
         return _train_and_land(request, options, prepared, watch)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,12 +17,13 @@ from ollama_forge.dataset.read import find_data_files
 from ollama_forge.dataset.render import RenderOptions
 from ollama_forge.dataset.tokenize import TokenizedDataset, split_examples, tokenize_examples
 from ollama_forge.dataset.validate import read_dataset
-from ollama_forge.errors import ExistsError, MissingExtraError, TrainingError, UnsupportedError
-from ollama_forge.files import hash_file, make_folder, write_bytes
+from ollama_forge.errors import MissingExtraError, TrainingError, UnsupportedError
+from ollama_forge.files import hash_file, make_folder
 from ollama_forge.gguf.reader import GGUFFile, open_gguf
 from ollama_forge.jobs.conversion import ConvertOptions, convert_folder
 from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.resolve import ResolvedModel, resolve, resolve_gguf
+from ollama_forge.jobs.run_folder import claim_folder, name_after
 from ollama_forge.jobs.training_plan import TrainingPlan, plan_training
 from ollama_forge.store.catalog import open_store
 from ollama_forge.store.discard import exists_error
@@ -31,7 +31,6 @@ from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.store.name import parse_name, validate_writable
 from ollama_forge.train.options import LoopOptions, LoraOptions, settle
 
-RUN_FILE = "run.json"
 TRAIN_PACKAGES = ("torch", "transformers", "peft", "trl", "datasets")
 
 
@@ -85,7 +84,12 @@ class PreparedRun:
     validation: TokenizedDataset | None
     loop: LoopOptions
     plan: TrainingPlan
-    warnings: tuple[str, ...]
+    data_warnings: tuple[str, ...]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a person should know of the data and the plan."""
+        return (*self.data_warnings, *self.plan.warnings)
 
 
 @contextlib.contextmanager
@@ -112,7 +116,7 @@ def prepare_run(request: FinetuneRequest, options: LandOptions) -> Iterator[Prep
         )
         loop = settle(request.loop, len(train.rows))
         plan = plan_training(request.base, gguf, train, validation, request.lora, loop, request.folder)
-        warnings = _data_warnings(dataset.warnings, train, request, plan)
+        warnings = _data_warnings(dataset.warnings, train, request)
         yield PreparedRun(origin, model, gguf, chat_format, examples, held, train, validation, loop, plan, warnings)
 
 
@@ -131,7 +135,7 @@ def as_trainable(model: ResolvedModel, folder: Path, options: LandOptions) -> Re
         )
     if model.folder is None:
         return model
-    converted = folder / "base.gguf"
+    converted = folder / name_after("base", model.folder.absolute())
     if not converted.exists():
         make_folder(folder)
         convert_folder(model.folder, converted, ConvertOptions(), progress=options.progress)
@@ -198,14 +202,28 @@ def missing_train_packages() -> list[str]:
     return [name for name in TRAIN_PACKAGES if not importlib.util.find_spec(name)]
 
 
-def require_extra() -> None:
+def require_extra(device: str = "auto") -> None:
+    """What training needs of this machine.
+
+    Raises:
+        MissingExtraError: packages are not installed.
+        UsageError: the device that was asked for is not here.
+    """
     missing = missing_train_packages()
     if missing:
         raise MissingExtraError(f"Training needs {', '.join(missing)}", next="pip install 'ollama-forge[train]'")
+    if device == "cuda":
+        from ollama_forge.train.device import require_device
+
+        require_device(device)
 
 
-def claim_folder(request: FinetuneRequest, prepared: PreparedRun) -> None:
-    """One folder, one run: what it was asked is written down, and a resumed run must have been asked the same."""
+def claim_run(request: FinetuneRequest, prepared: PreparedRun) -> None:
+    """Take the working folder for this run.
+
+    Raises:
+        ExistsError: there is another run in it, or this one and it is not to be resumed.
+    """
     asked = {
         "base": hash_file(prepared.gguf.path).sha256,
         "data": hash_examples(prepared.examples),
@@ -216,31 +234,11 @@ def claim_folder(request: FinetuneRequest, prepared: PreparedRun) -> None:
         "overlong": request.overlong,
         "learn": request.learn,
     }
-    text = json.dumps(asked, indent=2, sort_keys=True)
-    path = request.folder / RUN_FILE
-    if path.exists() and request.resume:
-        if path.read_text(encoding="utf-8") != text:
-            raise ExistsError(
-                f"The run in {str(request.folder)!r} was asked something else",
-                why="Base, data or options differ from those it began with.",
-                next="Use the same command as before, or another --workdir.",
-            )
-        return
-    if path.exists():
-        done = (request.folder / "adapter").exists()
-        raise ExistsError(
-            f"There is a run in {str(request.folder)!r} already",
-            why="It is finished." if done else "It is not finished.",
-            next="Add --resume to go on, or choose another --workdir."
-            if not done
-            else "Choose another --workdir, or remove the folder.",
-        )
-    make_folder(request.folder)
-    write_bytes(path, text.encode())
+    claim_folder(request.folder, asked, is_resumed=request.resume)
 
 
 def _data_warnings(
-    read_warnings: Mapping[str, int], train: TokenizedDataset, request: FinetuneRequest, plan: TrainingPlan
+    read_warnings: Mapping[str, int], train: TokenizedDataset, request: FinetuneRequest
 ) -> tuple[str, ...]:
     warnings = [f"{count:,} examples: {kind}" for kind, count in read_warnings.items()]
     if train.n_truncated:
@@ -250,9 +248,4 @@ def _data_warnings(
         )
     warnings += [f"{count:,} examples were left out: {kind}" for kind, count in train.dropped.items()]
     warnings += [f"{count:,} examples: {note}" for note, count in train.notes.items()]
-    if plan.light == "red":
-        warnings.append(
-            f"This run wants about {plan.memory_bytes / 1e9:.1f} GB; {(plan.available_bytes or 0) / 1e9:.1f} GB are "
-            "free: lower --max-length, --batch-size or --rank, or take a smaller base."
-        )
     return tuple(warnings)

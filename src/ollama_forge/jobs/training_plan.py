@@ -14,6 +14,7 @@ from ollama_forge.dataset.tokenize import TokenizedDataset
 from ollama_forge.gguf.reader import GGUFFile
 from ollama_forge.jobs.environment import available_memory_bytes, fit_light
 from ollama_forge.train.options import ACTIVATION_ROOM_BYTES, LoopOptions, LoraOptions, plan_steps
+from ollama_forge.train.targets import count_targets
 
 RUNTIME_BYTES = 650 << 20  # torch, transformers, peft and TRL once they are imported
 WORKSPACE_BYTES = 256 << 20  # dequantized pieces, and the logits of one chunk
@@ -29,6 +30,7 @@ class TrainingPlan:
     Attributes:
         light: `green` (fits with room), `yellow` (just fits), `red` (does not), `unknown`.
         n_trained_parameters: numbers in the LoRA matrices.
+        n_experts_left: matrices of experts that get no LoRA matrices.
         unspared_bytes: the memory if every block kept its activations; the same as `memory_bytes` where all do.
     """
 
@@ -43,6 +45,7 @@ class TrainingPlan:
     longest: int
     steps: int
     n_trained_parameters: int
+    n_experts_left: int
     memory_bytes: int
     unspared_bytes: int
     available_bytes: int | None
@@ -58,6 +61,27 @@ class TrainingPlan:
         fits = fit_light(self.unspared_bytes, self.available_bytes) == "green"
         return fits and self.unspared_bytes > self.memory_bytes
 
+    @property
+    def expert_notes(self) -> tuple[str, ...]:
+        """That the experts of a mixture stay as they are, where they do."""
+        if not self.n_experts_left:
+            return ()
+        return (
+            f"{self.n_experts_left:,} matrices of experts are not trained: they stay as they are "
+            "(to train some, name them with --target-modules).",
+        )
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a person should know before it starts."""
+        if self.light != "red":
+            return self.expert_notes
+        return (
+            *self.expert_notes,
+            f"This run wants about {self.memory_bytes / 1e9:.1f} GB; {(self.available_bytes or 0) / 1e9:.1f} GB are "
+            "free: lower --max-length, --batch-size or --rank, or take a smaller base.",
+        )
+
     def document(self) -> dict[str, Any]:
         """The JSON form."""
         return {
@@ -72,6 +96,7 @@ class TrainingPlan:
             "longest": self.longest,
             "steps": self.steps,
             "trained_parameters": self.n_trained_parameters,
+            "untrained_expert_matrices": self.n_experts_left,
             "memory_bytes": self.memory_bytes,
             "unspared_memory_bytes": self.unspared_bytes,
             "available_bytes": self.available_bytes,
@@ -89,7 +114,12 @@ def plan_training(
     loop: LoopOptions,
     folder: Path,
 ) -> TrainingPlan:
-    """The sums of a run over a GGUF."""
+    """The sums of a run over a GGUF.
+
+    Raises:
+        TrainingError: a target that the model does not have.
+    """
+    targets = count_targets(gguf, lora)
     length = max((len(row.input_ids) for row in train.rows), default=1)
 
     def memory(checkpointing: bool) -> int:
@@ -106,7 +136,8 @@ def plan_training(
         n_truncated=train.n_truncated,
         longest=train.longest,
         steps=plan_steps(len(train.rows), loop),
-        n_trained_parameters=_count_lora(gguf, lora),
+        n_trained_parameters=targets.n_parameters,
+        n_experts_left=targets.n_experts_left,
         memory_bytes=memory(loop.checkpointing),
         unspared_bytes=memory(False),
         available_bytes=available_memory_bytes(),
@@ -119,7 +150,7 @@ def training_memory(gguf: GGUFFile, lora: LoraOptions, n_positions: int, checkpo
     return {
         "weights": gguf.size_bytes,
         "runtime": RUNTIME_BYTES + WORKSPACE_BYTES,
-        "optimizer": _count_lora(gguf, lora) * _FLOAT_BYTES * _OPTIMIZER_FLOATS,
+        "optimizer": count_targets(gguf, lora).n_parameters * _FLOAT_BYTES * _OPTIMIZER_FLOATS,
         "activations": _activation_bytes(gguf, n_positions, checkpointing=checkpointing),
     }
 
@@ -131,16 +162,6 @@ def forward_memory(gguf: GGUFFile, n_positions: int) -> dict[str, int]:
         "runtime": RUNTIME_BYTES + WORKSPACE_BYTES,
         "activations": _block_bytes(gguf, n_positions),
     }
-
-
-def _count_lora(gguf: GGUFFile, lora: LoraOptions) -> int:
-    """Numbers in the matrices: rank x (rows + columns) for each matrix of the blocks that is adapted by default."""
-    total = 0
-    for name, tensor in gguf.tensors.items():
-        is_block_matrix = name.startswith("blk.") and len(tensor.shape) == 2 and name.endswith(".weight")
-        if is_block_matrix and "_inp" not in name:
-            total += lora.rank * sum(tensor.shape)
-    return total
 
 
 def _activation_bytes(gguf: GGUFFile, n_positions: int, *, checkpointing: bool) -> int:

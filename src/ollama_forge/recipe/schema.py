@@ -103,7 +103,7 @@ Positive = Annotated[int, Field(ge=1)]
 class Part(BaseModel):
     """What all parts of a recipe share."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
     shorthand: ClassVar[str] = ""
     """The key that a bare text (or list) in a step's place stands for."""
 
@@ -200,7 +200,7 @@ class FinetuneStep(Part):
     max_steps: Count = 0
     lr: Annotated[float, Field(gt=0)] = 2e-4
     rank: Annotated[int, Field(ge=1, le=4096)] = 16
-    alpha: float | None = None
+    alpha: Annotated[float, Field(gt=0)] | None = None
     dropout: Share = 0.0
     target_modules: Words = ()
     max_length: Annotated[int, Field(ge=2)] = 1024

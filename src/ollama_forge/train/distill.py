@@ -36,7 +36,7 @@ from ollama_forge.errors import TrainingError
 from ollama_forge.train.distill_batches import IGNORED, answer_itself, batch_items, collate
 from ollama_forge.train.distill_loss import Targets, distill_scores
 from ollama_forge.train.distill_options import DistillLoss, DistillOptions, TrainedStudent
-from ollama_forge.train.finetune import add_adapter, require_labels
+from ollama_forge.train.finetune import add_adapter, require_finite, require_labels
 from ollama_forge.train.full import plan_write_back, unpack_weights, write_back
 from ollama_forge.train.load import PackedModel
 from ollama_forge.train.loop import GracefulInterrupt, Recorder, find_checkpoint, interrupted, loop_settings
@@ -88,7 +88,8 @@ def distil_student(
         is_shared: the packed layers are shared out over the processes (`train.shared_blocks`).
 
     Raises:
-        TrainingError: nothing was learnt, the loss is not a number, or there is nothing to train on.
+        TrainingError: the weights of student or teacher are not finite, nothing was learnt, the loss is not a number,
+            or there is nothing to train on.
         UnsupportedError: full training of a file whose types cannot be written again.
         InterruptedRunError: Ctrl-C; a checkpoint was written.
     """
@@ -109,6 +110,8 @@ def distil_student(
         numbered = list(enumerate(rows.all))
         judged = (numbered[len(rows.train) :] or numbered)[:_JUDGED_ROWS]
         before = judge(trained, teacher, judged)
+        require_finite(before.cross_entropy, f"the student {base!r}")
+        require_finite(before.divergence, "the teacher")
         checkpoint = find_checkpoint(folder) if resume else None
         with GracefulInterrupt(recorder):
             trainer.run(checkpoint, total_steps)
@@ -142,12 +145,6 @@ def _trainable(student: PackedModel, lora: LoraOptions, options: DistillOptions)
         unpack_weights(student)
         return student.model.train()
     adapted: Any = add_adapter(student.model, lora)
-    if student_head(student.model) is None:
-        raise TrainingError(
-            "The head of the student cannot learn through LoRA here",
-            why="The loss is computed from the head in pieces.",
-            next="Leave the head out of --target-modules, or use --full.",
-        )
     return adapted
 
 

@@ -42,9 +42,9 @@ from ollama_forge.train.options import (
 )
 from ollama_forge.train.recompute import spare_last_blocks
 from ollama_forge.train.shared_blocks import sharing_blocks
+from ollama_forge.train.targets import is_adapted, is_expert, require_targets
 
 _BASE_LOSS_EXAMPLES = 32
-_ROUTER_NAMES = ("router", "gate")
 
 
 def train_adapter(
@@ -71,7 +71,8 @@ def train_adapter(
         is_shared: the packed layers are shared out over the processes (`train.shared_blocks`).
 
     Raises:
-        TrainingError: nothing was learnt, the loss is not a number, or there is nothing to train on.
+        TrainingError: the base's weights are not finite, nothing was learnt, the loss is not a number, or there is
+            nothing to train on.
         InterruptedRunError: Ctrl-C; a checkpoint was written.
     """
     started = time.monotonic()
@@ -102,6 +103,7 @@ def train_adapter(
         trainer.remove_callback(PrinterCallback)
         install_chunked_loss(model)
         base_loss = mean_loss(adapted, judged)  # B is zero still
+        require_finite(base_loss, f"the base {base!r}")
         checkpoint = find_checkpoint(folder) if resume else None
         with GracefulInterrupt(recorder):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -137,15 +139,9 @@ def add_adapter(model: PreTrainedModel, lora: LoraOptions) -> PeftModel:
     """
     if lora.rank < 1:
         raise TrainingError(f"A LoRA of rank {lora.rank} has nothing to train", next="Use --rank 8 or more.")
-    targets = list(lora.target_modules) or default_targets(model)
-    known = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    unknown = [target for target in lora.target_modules if target.rsplit(".", 1)[-1] not in known]
-    if unknown:
-        raise TrainingError(
-            f"The model has no layer {unknown[0]!r}",
-            why="Its linear layers are " + ", ".join(sorted(known)),
-            next="Name some of them with --target-modules, or leave the option out.",
-        )
+    linear = _linear_names(model)
+    require_targets(linear, lora.target_modules)
+    targets = list(lora.target_modules) or _default_targets(linear)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.scaled_alpha,  # type: ignore[arg-type]
@@ -159,22 +155,15 @@ def add_adapter(model: PreTrainedModel, lora: LoraOptions) -> PeftModel:
     return adapted
 
 
-def default_targets(model: PreTrainedModel) -> list[str]:
-    """Every linear layer of the blocks; not the head, not routers, and not experts (they are too many)."""
+def _linear_names(model: PreTrainedModel) -> list[str]:
     head = model.get_output_embeddings()
-    targets = set()
-    full_names = []
-    has_experts = False
-    for name, module in model.named_modules():
-        leaf = name.rsplit(".", 1)[-1]
-        if not isinstance(module, nn.Linear) or module is head or leaf in _ROUTER_NAMES:
-            continue
-        if ".experts." in name:
-            has_experts = True
-            continue
-        targets.add(leaf)
-        full_names.append(name)
-    return sorted(full_names) if has_experts else sorted(targets)
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+
+
+def _default_targets(linear: Sequence[str]) -> list[str]:
+    """Short names where they mean the same, for people who read the adapter's config."""
+    targets = {name for name in linear if is_adapted(name, ())}
+    return sorted(targets if any(map(is_expert, linear)) else {name.rpartition(".")[-1] for name in targets})
 
 
 @torch.no_grad()
@@ -202,6 +191,20 @@ def require_labels(rows: Sequence[Tokenized]) -> None:
             f"None of the {len(rows)} examples has a token to learn",
             why="Every token is masked: the answers are empty, or cut off by --max-length.",
             next="Look at the mask: ollama-forge train-data stats DATA --base REF",
+        )
+
+
+def require_finite(loss: float, model: str) -> None:
+    """Refuse a model that is broken before the first step.
+
+    Raises:
+        TrainingError: with the model.
+    """
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"The loss of {model} is {loss} before the first step",
+            why="Its weights are not finite: NaN or infinite numbers are among them, or come of them.",
+            next="Fetch or convert that model again, or choose another one: ollama-forge list",
         )
 
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ollama_forge.errors import InterruptedRunError, TrainingError
+from ollama_forge.errors import InterruptedRunError
 from ollama_forge.files import write_bytes
+from ollama_forge.train.device import require_device
 from ollama_forge.train.options import LoopOptions, StepReport, Watch
 
 COMPLETE_MARK = "complete.json"
@@ -42,12 +43,11 @@ def loop_settings(loop: LoopOptions, folder: Path, total_steps: int, *, has_vali
     """Arguments for a `TrainingArguments` of transformers or TRL.
 
     Raises:
-        TrainingError: CUDA was asked for and is not here.
+        UsageError: CUDA was asked for and is not here.
     """
+    require_device(loop.device)
     every = loop.checkpoint_every or max(1, total_steps // 10)
     use_cuda = torch.cuda.is_available() and loop.device != "cpu"
-    if loop.device == "cuda" and not use_cuda:
-        raise TrainingError("There is no CUDA device here", next="Leave --device out, or use --device cpu.")
     return {
         "output_dir": str(folder),
         "num_train_epochs": loop.epochs,

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from ollama_forge.errors import UsageError
 from ollama_forge.gguf.reader import GGUFFile, open_gguf
 from ollama_forge.train.attach import attached
+from ollama_forge.train.device import require_device
 from ollama_forge.train.engine_rounding import engine_rounding
 from ollama_forge.train.load import PackedModel, load_packed
 from ollama_forge.transform.lora import WeightedAdapter
@@ -56,13 +56,11 @@ def scored_model(
 
 @contextlib.contextmanager
 def _made_ready(gguf: GGUFFile, adapters: Sequence[WeightedAdapter], options: ScoreOptions) -> Iterator[PackedModel]:
-    has_cuda = torch.cuda.is_available()
-    if options.device == "cuda" and not has_cuda:
-        raise UsageError("There is no CUDA device here", next="Leave --device out, or use --device cpu.")
+    require_device(options.device)
     with contextlib.ExitStack() as undo:
         undo.enter_context(_quiet())
         packed = load_packed(gguf, workspace_bytes=_WORKSPACE_BYTES)
-        if has_cuda and options.device != "cpu":
+        if torch.cuda.is_available() and options.device != "cpu":
             packed.model.to("cuda")  # type: ignore[arg-type]
         undo.enter_context(attached(packed, adapters))
         if not options.is_exact:

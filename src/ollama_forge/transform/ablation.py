@@ -96,8 +96,11 @@ class AblationOptions:
             UsageError: with the option.
         """
         strengths = (self.strength, self.attention_strength, self.mlp_strength)
-        if not all(math.isfinite(value) for value in strengths if value is not None):
-            raise UsageError("A strength must be a finite number", next="1 takes the direction out.")
+        numbers = (*strengths, self.layer, self.kernel_center, self.kernel_width)
+        if not all(math.isfinite(value) for value in numbers if value is not None):
+            raise UsageError(
+                "Strengths, layer and kernel must be finite numbers", next="Strength 1 takes the direction out."
+            )
         if self.kernel not in KERNELS:
             raise UsageError(
                 f"There is no kernel {self.kernel!r}",
