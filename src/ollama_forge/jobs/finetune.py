@@ -31,7 +31,7 @@ from ollama_forge.jobs.landing import LandedModel, land_gguf, land_installed
 from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, modelfile_text, working
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, merge_and_land
 from ollama_forge.jobs.processes import is_first_process, shares_blocks, wait_for_first_process
-from ollama_forge.jobs.resolve import ResolvedModel
+from ollama_forge.jobs.resolve import STORED, ResolvedModel
 from ollama_forge.jobs.training_plan import TrainingPlan
 from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.train.options import IMPORTANCE_FILE, TrainedAdapter, Watch
@@ -189,7 +189,7 @@ def _name_for_others(request: FinetuneRequest, prepared: PreparedRun) -> str:
     repo = source_repo(prepared.gguf.metadata)
     if repo or prepared.origin.installed is None:
         return repo or request.base
-    return f"ollama://{prepared.origin.installed.name.display}"
+    return STORED + prepared.origin.installed.name.display
 
 
 def matching_template(changes: Modelfile, prepared: PreparedRun) -> Modelfile:

@@ -30,6 +30,7 @@ from ollama_forge.store.discard import exists_error
 from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.store.name import parse_name, validate_writable
 from ollama_forge.train.options import LoopOptions, LoraOptions, settle
+from ollama_forge.weights.adapter import RESULT_FOLDER
 
 RUN_FILE = "run.json"
 TRAIN_PACKAGES = ("torch", "transformers", "peft", "trl", "datasets")
@@ -227,7 +228,7 @@ def claim_folder(request: FinetuneRequest, prepared: PreparedRun) -> None:
             )
         return
     if path.exists():
-        done = (request.folder / "adapter").exists()
+        done = (request.folder / RESULT_FOLDER).exists()
         raise ExistsError(
             f"There is a run in {str(request.folder)!r} already",
             why="It is finished." if done else "It is not finished.",
