@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from command import forge, forge_json, tree_hash
 from kill import kill_forks
-from tiny_adapters import build_adapter, change_tensors
+from tiny_adapters import build_adapter, change_adapter, change_tensors
 from tiny_models import build_model
 
 from ollama_forge.engine import Sampling, open_engine
@@ -58,6 +58,18 @@ def test_check_says_what_it_looked_at(home: Path) -> None:
     assert {states[name] for name in ("family", "targets", "shapes", "rank", "numbers", "form")} == {"ok"}
     told = forge("adapters", "check", home / "one", "--base", home / "base")
     assert told.code == 0 and "retrain --base" in told.err and "✓ shapes" in told.out
+
+
+def test_what_our_own_training_left_is_read_back(home: Path, store: Path, tmp_path: Path) -> None:
+    trained = tmp_path / "finetune-x"
+    shutil.copytree(home / "one", trained / "adapter")
+    change_adapter(trained / "adapter", {"base_model_name_or_path": "ollama://base:latest"})
+    shutil.copyfile(home / "base.gguf", trained / "imatrix.gguf")
+    words = ("adapters", "convert", trained / "adapter", "-o", tmp_path / "lora.gguf")
+    assert forge_json(*words, "--store", store)["pairs"] == 6
+    forge_json("retrain", "--base", "base", "--adapter", trained, "--name", "again", "--no-check", "--store", store)
+    absent = forge(*words, "--force", "--store", tmp_path / "empty")
+    assert absent.code == 1 and "base:latest" in absent.err
 
 
 def test_check_ends_with_1_when_the_adapter_cannot_be_used(home: Path) -> None:

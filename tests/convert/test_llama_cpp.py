@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command import forge
 from tiny_models import build_model, change_config
 from tiny_tokenizers import build_tokenizer
 
@@ -58,6 +59,17 @@ def test_the_other_way_converts_and_runs_no_code_of_the_model(unknown_family: Pa
         assert len(file.tensors) == 11
     assert not path.exists()
     assert not (tmp_path / "the code ran").exists()
+
+
+def test_the_command_takes_a_relative_output(
+    unknown_family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for output in ("rel.gguf", "below/rel.gguf"):
+        ended = forge("convert", unknown_family.name, "-o", output, "--converter", "llama.cpp")
+        assert ended.code == 0, ended.err
+        with open_gguf(tmp_path / output) as file:
+            assert file.architecture == "gemma"
 
 
 def test_its_last_words_reach_the_user(tmp_path: Path) -> None:

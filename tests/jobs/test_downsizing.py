@@ -83,10 +83,13 @@ def test_it_ends_with_five_models_measured_and_a_sentence(finished: tuple[Path, 
     assert rows["healed"]["perplexity"] < rows["pruned"]["perplexity"]
     plan = result["plan"]
     assert rows["pruned"]["bytes"] == rows["healed"]["bytes"] == (folder / "work" / "step-1-healed.gguf").stat().st_size
-    assert rows["healed"]["bytes"] == pytest.approx(plan["steps"][0]["bytes"], rel=0.05)
-    assert rows["healed, Q8_0"]["bytes"] == pytest.approx(plan["final_bytes"], rel=0.05)
+    assert rows["healed"]["bytes"] == plan["steps"][0]["bytes"]
+    assert rows["healed, Q8_0"]["bytes"] == plan["final_bytes"]
     lower = result["models"][-1]
-    assert lower["name"] == f"original, {plan['lower_quantization']}" and lower["bytes"] <= plan["final_bytes"] * 1.05
+    assert (
+        lower["name"] == f"original, {plan['lower_quantization']}"
+        and lower["bytes"] == plan["lower_quantization_bytes"] <= plan["final_bytes"]
+    )
     assert "better choice" in result["verdict"]  # six steps of healing do not make up for a layer
     assert all(row["tokens_per_second"] > 0 for row in result["models"])
     page = (folder / "work" / "report.html").read_text()
@@ -95,6 +98,21 @@ def test_it_ends_with_five_models_measured_and_a_sentence(finished: tuple[Path, 
     assert landed is not None and landed.read_bytes() == (folder / "work" / "final.gguf").read_bytes()
     record = json.loads(forge("registry", "show", "small", "--json").out)["lineage"][-1]
     assert record["step"] == "downsize" and {parent["role"] for parent in record["parents"]} >= {"base", "data"}
+
+
+def test_a_target_in_bytes_counts_header_and_vocabulary(here: Path, tmp_path: Path) -> None:
+    def planned(target: int) -> Any:
+        return forge_json(*words(here, tmp_path, "--target", f"{target / 1000}KB", "--quant", "Q8_0", "--dry-run"))[
+            "plan"
+        ]
+
+    two_layers = planned(1_100_000)
+    assert two_layers["steps"][-1]["layers"] == 2
+    exact = two_layers["final_bytes"]
+    assert planned(exact)["final_bytes"] == exact
+    assert planned(exact - 1)["steps"][-1]["layers"] == 1
+    ended = forge(*words(here, tmp_path, "--target", "600KB", "--quant", "Q8_0", "--dry-run"))
+    assert ended.code == 2 and f"{planned(exact - 1)['final_bytes']:,} bytes" in ended.err
 
 
 def test_killed_three_times_it_ends_with_the_same_bytes(finished: tuple[Path, Any], here: Path, tmp_path: Path) -> None:
@@ -150,6 +168,7 @@ def test_lora_healing_of_a_folder_in_two_steps_through_a_cache(here: Path, tmp_p
     result = forge_json(*argv)
     assert [step["layers"] for step in result["plan"]["steps"]] == [2, 1]
     assert len(list((tmp_path / "work" / "teacher").iterdir())) == 1  # both steps read what was kept once
+    assert (tmp_path / "work" / "step-2-healed.gguf").stat().st_size == result["plan"]["final_bytes"]
     assert (tmp_path / "work" / "step-2-healed.gguf").stat().st_size < 0.5 * (here / "whole.gguf").stat().st_size
     shutil.move(tmp_path / "work", tmp_path / "moved")
     assert forge_json("registry", "rebuild", result["landed"]["digest"])["same"] is True

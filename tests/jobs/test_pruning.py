@@ -180,6 +180,24 @@ def test_a_picture_of_the_ranking_is_drawn(deep: Path, tmp_path: Path) -> None:
     assert refused.document["error"]["kind"] == "exists"
 
 
+def test_a_cut_inside_of_layers_tells_what_it_keeps(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.gguf"
+    forge_json("convert", MODEL_DIR, "-o", whole)
+    words = ("downsize", "prune", whole, "--width", "ffn=50%,heads=50%,hidden=75%", "--tokens", 300, "--dry-run")
+    told = forge_json(*words, "--plot", tmp_path / "cut.png")
+    ranking = told["ranking"]
+    assert (ranking["ffn"]["count"], ranking["ffn"]["kept"]) == (256, 128)
+    assert all(0.5 < row["kept_share"] < 1 for row in ranking["ffn"]["layers"])
+    for row in ranking["kv_heads"]["layers"]:
+        assert row["kept"] == [int(np.argmax(row["importance"]))] and len(row["importance"]) == 2
+        assert row["kept_share"] == pytest.approx(max(row["importance"]) / sum(row["importance"]))
+    assert 0.75 < ranking["hidden"]["kept_share"] < 1 and (tmp_path / "cut.png").is_file()
+    seen = forge(*words).out
+    assert "INFLUENCE" not in seen and "Hidden channels: 192 of 256 stay" in seen
+    assert "FFN 128/256" in seen and "KV GROUPS 1/2" in seen
+    assert seen.count(" cut") == len(ranking["kv_heads"]["layers"])
+
+
 def test_people_see_the_ranking_and_the_limits(deep: Path) -> None:
     ended = forge("downsize", "prune", deep, "--layers", 4, "--tokens", 300, "--dry-run")
     assert ended.code == 0 and "INFLUENCE" in ended.out and "Nothing was changed" in ended.out

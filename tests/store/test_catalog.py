@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from command import forge
 from tiny_store import install_model, layer, manifest_path, snapshot, write_manifest
 
 from ollama_forge.errors import DigestError, ManifestError, NameInvalidError, NotFoundError, StoreError
@@ -126,7 +127,35 @@ def test_a_broken_manifest_is_told_when_its_model_is_asked_for(models_dir: Path)
     path = install_model(models_dir, "m", GGUF)
     path.write_text('{"layers": [{"digest": "sha256:../../etc/passwd"}]}')
     os.utime(path, (1_600_000_000,) * 2)
-    with pytest.raises(ManifestError):
+    with pytest.raises(ManifestError) as caught:
+        Store(models_dir).find("m")
+    assert str(path) in caught.value.what and "ollama-forge verify" in caught.value.next
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("show", "m"),
+        ("run", "m", "hi"),
+        ("export", "m", "-o", "x.gguf"),
+        ("create-from-base", "--base", "m", "--name", "n"),
+    ],
+)
+def test_every_command_names_the_manifest_that_is_broken(models_dir: Path, words: tuple[str, ...]) -> None:
+    path = install_model(models_dir, "m", GGUF)
+    path.write_text("{")
+    os.utime(path, (1_600_000_000,) * 2)
+    ended = forge(*words, "--store", models_dir)
+    assert ended.code == 1 and str(path) in ended.err and "is not JSON" in ended.err
+
+
+def test_a_broken_config_blob_is_named(models_dir: Path) -> None:
+    install_model(models_dir, "m", GGUF)
+    config = Store(models_dir).find("m").manifest.config
+    assert config is not None
+    blob = models_dir / "blobs" / config.digest.blob_filename
+    blob.write_text("[]")
+    with pytest.raises(ManifestError, match=blob.name):
         Store(models_dir).find("m")
 
 

@@ -152,9 +152,10 @@ def test_a_bin_file_that_runs_code_is_refused_and_does_not_run(tmp_path: Path) -
     folder = write_peft(tmp_path / "a")
     (folder / "adapter_model.safetensors").unlink()
     torch.save({"x": Bomb(tmp_path / "ran")}, folder / "adapter_model.bin")
-    refused(folder, "adapter_model.bin")
-    (folder / "adapter_model.bin").write_bytes(b"not a pickle at all")
-    refused(folder, "adapter_model.bin")
+    for _ in range(2):
+        error = refused(folder, "adapter_model.bin", "safetensors")
+        assert "weights_only" not in error.why and "only running its code" in error.why
+        (folder / "adapter_model.bin").write_bytes(b"not a pickle at all")
     assert not (tmp_path / "ran").exists()
 
 
@@ -175,6 +176,19 @@ def test_a_folder_with_exactly_one_adapter_file_is_that_file(tmp_path: Path) -> 
     tensors = {"blk.0.attn_q.weight.lora_a": floats(2, 8), "blk.0.attn_q.weight.lora_b": floats(8, 2)}
     write_lora(tmp_path / "one" / "second.gguf", tensors)
     refused(tmp_path / "one", "holds 2 .gguf or .bin files", "second.gguf")
+
+
+def test_what_is_no_adapter_does_not_count_in_a_folder(tmp_path: Path) -> None:
+    tensors = {"blk.0.attn_q.weight.lora_a": floats(2, 8), "blk.0.attn_q.weight.lora_b": floats(8, 2)}
+    write_lora(tmp_path / "imatrix.gguf", {}, **{"general.type": "imatrix"})
+    write_lora(tmp_path / "model.gguf", {}, **{"general.type": "model"})
+    (tmp_path / "optimizer.bin").write_bytes(b"PK\x03\x04 a pickle")
+    lora = write_lora(tmp_path / "lora.gguf", tensors)
+    assert find_adapter(tmp_path).path == lora
+    lora.unlink()
+    refused(tmp_path, "holds 3 .gguf or .bin files")
+    trained = write_peft(tmp_path / "adapter")
+    assert find_adapter(tmp_path).path == trained and find_adapter(tmp_path).kind is AdapterKind.PEFT
 
 
 def test_a_gguf_is_known_by_its_bytes_whatever_it_is_called(tmp_path: Path) -> None:

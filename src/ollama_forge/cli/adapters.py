@@ -78,7 +78,9 @@ def convert(
     from ollama_forge.jobs.resolve import resolve
 
     model = resolve(base, store_path) if base else None
-    done = convert_adapter(adapter, output, model, outtype=outtype.lower(), overwrite=force, dry_run=dry_run)
+    done = convert_adapter(
+        adapter, output, model, outtype=outtype.lower(), store_path=store_path, overwrite=force, dry_run=dry_run
+    )
     for warning in done.warnings:
         console.warn(warning)
     console.result(done.document(), lambda: _show_converted(console, done))

@@ -195,8 +195,8 @@ def show_plan(console: Console, plan: PipelinePlan) -> None:
             f"{human_bytes(step.memory_bytes)} of memory, {_spoken(step.seconds)} at this processor's full speed"
         )
     console.say(
-        f"  then about {human_bytes(plan.final_bytes)}, compared with the original in {plan.lower_type} "
-        f"({human_bytes(plan.lower_bytes)})"
+        f"  then {human_bytes(plan.final_bytes)} ({plan.final_bytes:,} bytes), compared with the original in "
+        f"{plan.lower_type} ({human_bytes(plan.lower_bytes)})"
     )
     console.say(
         f"  {human_bytes(plan.memory_bytes)} of memory at most ({free} free), {human_bytes(plan.disk_bytes)} of disk"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ollama_forge.jobs.pruning import PrunedModel
     from ollama_forge.jobs.pruning_request import PruneOptions
     from ollama_forge.store.modelfile import Modelfile
+    from ollama_forge.transform.ranking import KeptPart
 
 _BAR = 24
 
@@ -182,7 +184,7 @@ def show_ranking(console: Console, pruned: PrunedModel) -> None:
     from ollama_forge.transform.ranking import render_layers
 
     importance = pruned.importance
-    if importance is not None:
+    if importance is not None and (pruned.dropped or not pruned.parts):
         most = max(float(importance.influence.max()), 1e-12)
         rows = []
         for layer, influence in enumerate(importance.influence.tolist()):
@@ -192,6 +194,7 @@ def show_ranking(console: Console, pruned: PrunedModel) -> None:
         console.table(("LAYER", "INFLUENCE", "ANGLE", "", ""), rows, right=("LAYER", "INFLUENCE", "ANGLE"))
     if pruned.dropped:
         console.line(f"Layers that go: {render_layers(pruned.dropped)}")
+    _show_parts(console, pruned.parts)
     before, after = pruned.before, pruned.after
     names = {"n_layers": "layers", "hidden": "hidden", "ffn": "ffn", "n_heads": "heads", "n_experts": "experts"}
     changed = [
@@ -203,3 +206,39 @@ def show_ranking(console: Console, pruned: PrunedModel) -> None:
         f"{', '.join(changed)}; parameters {human_count(pruned.parameters_before)} -> "
         f"{human_count(pruned.parameters_after)} ({pruned.kept_share:.0%})"
     )
+
+
+_PART_WORDS = {"ffn": "FFN", "kv_heads": "KV GROUPS", "experts": "EXPERTS"}
+
+
+def _show_parts(console: Console, parts: Sequence[KeptPart]) -> None:
+    """For each layer how much of what matters stays, and of heads and experts which; for hidden channels one line."""
+    from ollama_forge.transform.ranking import COUNTED
+
+    layered = [part for part in parts if part.layers]
+    for part in parts:
+        if part not in layered:
+            console.line(
+                f"Hidden channels: {part.n_kept:,} of {part.n_all:,} stay, with {part.shares[0]:.1%} of the importance"
+            )
+    if not layered:
+        return
+    columns = ["LAYER"]
+    for part in layered:
+        columns.append(f"{_PART_WORDS[part.name]} {part.n_kept:,}/{part.n_all:,}")
+        columns += ["IMPORTANCE"] if part.name in COUNTED else []
+    rows = []
+    for number, layer in enumerate(layered[0].layers):
+        row = [str(layer)]
+        for part in layered:
+            row.append(f"keeps {part.shares[number]:.1%}")
+            row += [_each(part, number)] if part.name in COUNTED else []
+        rows.append(row)
+    console.table(columns, rows, right=("LAYER",))
+
+
+def _each(part: KeptPart, number: int) -> str:
+    """`0: 0.312, 1: 0.104 cut` for one layer."""
+    kept = set(part.kept[number].tolist())
+    values = enumerate(part.importance[number].tolist())
+    return ", ".join(f"{index}: {value:.4g}{'' if index in kept else ' cut'}" for index, value in values)

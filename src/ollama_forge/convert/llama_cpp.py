@@ -49,7 +49,8 @@ def convert_with_llama_cpp(
     folder = folder.resolve()
     if not folder.is_dir():
         raise NotFoundError(f"There is no folder {str(folder)!r}", next="Check the path.")
-    with tempfile.TemporaryDirectory(prefix="ollama-forge-convert-", dir=work_folder) as home:
+    # The child works in that folder itself: a relative path would lead it elsewhere.
+    with tempfile.TemporaryDirectory(prefix="ollama-forge-convert-", dir=work_folder.absolute()) as home:
         # The converter takes the model's name from the name of the folder.
         links = Path(home) / "model" / model_id_of(folder).rpartition("/")[2]
         link_model(folder, links)

@@ -20,6 +20,7 @@ from ollama_forge.arch.config import ModelConfig
 from ollama_forge.arch.rows import Transform
 from ollama_forge.errors import GGUFError
 from ollama_forge.gguf import native
+from ollama_forge.gguf.finite import require_finite
 from ollama_forge.gguf.types import GGMLType, row_bytes
 from ollama_forge.weights.decode import SAME_BYTES, Scale, decode, scale_rows
 from ollama_forge.weights.safetensors import SafetensorsFolder, SafetensorsTensor
@@ -84,13 +85,15 @@ class Recipe:
         """All bytes of the tensor in order; memory goes back to the system on the way.
 
         Raises:
-            GGUFError: a number that the type cannot hold, with the tensor's name.
+            GGUFError: a weight that is not a finite number, or that the type cannot hold, with the tensor's name.
         """
         step = max(1, CHUNK_BYTES // max(1, row_bytes(self.type, self.n_columns)))
         for number, piece in enumerate(self.pieces):
             for first in range(0, self.rows_per_piece, step):
                 n_rows = min(step, self.rows_per_piece - first)
-                yield self.read_rows(number * self.rows_per_piece + first, n_rows, self.n_threads)
+                encoded = self.read_rows(number * self.rows_per_piece + first, n_rows, self.n_threads)
+                require_finite(encoded, self.type, self.name)
+                yield encoded
                 self._release_rows(piece, first, n_rows)
             self.folder.release(piece.tensor.name)
 

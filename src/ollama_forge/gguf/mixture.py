@@ -125,7 +125,7 @@ def plan_choices(
         raise UnsupportedError(
             f"There is no mix for the file type {file_type_name(options.file_type)!r}",
             why="llama.cpp reads such files but does not make them from a list of rules that is known here.",
-            next="Choose another type, for example --type q4_k_m.",
+            next="Choose another type, for example Q4_K_M.",
         )
     patterns = _compile_patterns(options.tensor_types)
     roles = {name: tensor_role(name) for name, _, _ in tensors}
@@ -337,12 +337,12 @@ def _require_imatrix(choices: Sequence[Choice], options: QuantizeOptions) -> Non
                 f"{choice.type.name}",
                 why="So few bits make garbage unless the quantizer knows which columns matter.",
                 next="Make one (ollama-forge imatrix REF -o imatrix.gguf) and add --imatrix imatrix.gguf; or take a "
-                "larger type: --type q3_k_m",
+                "larger type, for example Q3_K_M",
             )
         if choice.is_changed and choice.name not in options.imatrix.entries:
             raise FormatError(
                 f"The importance matrix has nothing for {choice.name!r}, which would become {choice.type.name}",
                 why="So few bits make garbage unless the quantizer knows which columns matter.",
-                next="Make one from this model (ollama-forge imatrix REF -o imatrix.gguf), or give the tensor a larger "
-                "type with --tensor-type.",
+                next="Make one from this model (ollama-forge imatrix REF -o imatrix.gguf), or take a larger type, "
+                "for example Q3_K_M.",
             )

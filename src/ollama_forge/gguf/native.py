@@ -357,7 +357,10 @@ def _require_encodable(part: Floats, type: GGMLType, largest_importance: float) 
         raise GGUFError(
             f"A tensor that holds {worst} cannot be stored as {type.name}",
             why=f"Its blocks hold finite weights up to {MAX_WEIGHT:g}; such a weight is usually damage.",
-            next="Check the source model, or keep this tensor as f32: --tensor-type NAME=f32.",
+            next="BF16 and F32 hold such weights (quantize --type bf16, import --quant none, convert without --quant); "
+            "but check the source model first."
+            if math.isfinite(low + high)
+            else "Get the model again, and check it where it came from.",
         )
     if largest_importance * max(high, -low) ** 2 > _MAX_IMPORTANCE:
         raise GGUFError(

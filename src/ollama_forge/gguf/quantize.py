@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ollama_forge.errors import FormatError, GGUFError, UnsupportedError, UsageError
+from ollama_forge.gguf.finite import finite_entry, is_finite, require_finite
 from ollama_forge.gguf.imatrix import Imatrix
 from ollama_forge.gguf.mixture import (
     Choice,
@@ -30,7 +31,7 @@ from ollama_forge.gguf.mixture import (
 from ollama_forge.gguf.native import Bytes, Floats, can_dequantize, dequantize, quantize, usable_cores
 from ollama_forge.gguf.reader import GGUFFile
 from ollama_forge.gguf.types import GGMLType, file_type_name, is_quantized, row_bytes
-from ollama_forge.gguf.writer import Field, TensorEntry, from_reader, plan_layout, string, uint32
+from ollama_forge.gguf.writer import Field, TensorEntry, copy_entry, from_reader, plan_layout, string, uint32
 
 __all__ = [
     "Quantization",
@@ -43,11 +44,9 @@ __all__ = [
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 PIECE_ELEMENTS = 1 << 18  # a piece's float32 rows, 1 MiB, stay in a core's cache between decoding and encoding
-COPY_BYTES = 1 << 22
 _KEY_TEXT_BYTES = 127  # llama.cpp keeps such values in a fixed buffer
 _SPLIT_KEYS = frozenset({"split.no", "split.count", "split.tensors.count"})
 _FLOATS = frozenset({GGMLType.F32, GGMLType.F16, GGMLType.BF16})
-_EXPONENT_BITS = {GGMLType.F16: 0x7C00, GGMLType.BF16: 0x7F80}
 
 ReadRows = Callable[[int, int], Any]
 """`read_rows(first, n_rows)`: the encoded bytes of rows counted through the whole tensor, as a buffer. Thread-safe."""
@@ -210,7 +209,7 @@ def _require_readable(choices: Sequence[Choice], options: QuantizeOptions) -> No
             raise UnsupportedError(
                 f"{choice.name!r} is {choice.source.name}, which cannot become {choice.type.name}",
                 why="It holds whole numbers, or this machine's ggml is too old to decode it.",
-                next="Keep the tensor as it is with --tensor-type, or convert the model again.",
+                next="Keep the tensor as it is (quantize --tensor-type), or convert the model again.",
             )
 
 
@@ -226,7 +225,7 @@ def _clipped(text: str) -> bytes:
 def _entry_from_file(source: GGUFFile, choice: Choice, importance: Floats | None, n_threads: int | None) -> TensorEntry:
     name = choice.name
     if not choice.is_changed:
-        return TensorEntry(name, choice.shape, choice.type, lambda: _checked_copy(source, choice))
+        return finite_entry(copy_entry(source, name))
     stride = row_bytes(choice.source, choice.shape[-1])
 
     def read_rows(first: int, n_rows: int) -> memoryview:
@@ -242,13 +241,6 @@ def _entry_from_file(source: GGUFFile, choice: Choice, importance: Floats | None
         n_threads=n_threads,
         after=lambda: source.release(name),
     )
-
-
-def _checked_copy(source: GGUFFile, choice: Choice) -> Iterator[memoryview]:
-    for chunk in source.iter_chunks(choice.name, COPY_BYTES):
-        if choice.type in _FLOATS and not _is_finite(chunk, choice.type):
-            raise _not_finite(choice.name)
-        yield chunk
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,15 +303,15 @@ def _encode_piece(job: _Job, piece: tuple[int, int, Floats | None], scratch: thr
         rows = np.frombuffer(stored, "<f4").reshape(shape)
     else:
         rows = dequantize(stored, job.source, shape, out=_scratch_rows(scratch, shape), n_threads=1)
-    if not is_quantized(job.target) and not _is_finite(rows, GGMLType.F32):
-        raise _not_finite(job.name)
+    if not is_quantized(job.target):
+        require_finite(rows, GGMLType.F32, job.name)
     try:
         encoded = quantize(rows, job.target, weights, n_threads=1)
     except GGUFError as exc:
         raise GGUFError(
             f"{job.name!r} cannot become {job.target.name}: {exc.what}", why=exc.why, next=exc.next
         ) from exc
-    if job.target == GGMLType.F16 and not _is_finite(encoded, GGMLType.F16):
+    if job.target == GGMLType.F16 and not is_finite(encoded, GGMLType.F16):
         raise GGUFError(
             f"{job.name!r} cannot become F16: it holds a weight beyond 65504",
             why="F16 has no larger numbers; the weight would become infinite.",
@@ -340,23 +332,3 @@ def _scratch_rows(scratch: threading.local, shape: tuple[int, int]) -> Floats:
 
 def _is_aligned(stored: Any) -> bool:
     return np.frombuffer(stored, np.uint8).ctypes.data % 4 == 0
-
-
-def _is_finite(stored: Any, type: GGMLType) -> bool:
-    """Whether every float in a buffer is finite; about as fast as reading it once."""
-    if type == GGMLType.F32:
-        floats = np.frombuffer(stored, "<f4") if not isinstance(stored, np.ndarray) else stored
-        # A sum is finite unless a term is not, or it overflows; only then is every term looked at.
-        with np.errstate(all="ignore"):
-            return math.isfinite(float(floats.sum(dtype=np.float32))) or bool(np.isfinite(floats).all())
-    bits = _EXPONENT_BITS[type]
-    halves = np.frombuffer(stored, "<u2")
-    return not halves.size or int((halves & 0x7FFF).max()) < bits
-
-
-def _not_finite(name: str) -> GGUFError:
-    return GGUFError(
-        f"{name!r} holds a weight that is not a finite number",
-        why="NaN and infinity spread through the whole model: the source is damaged, or its training diverged.",
-        next="Get the model again, and check it where it came from.",
-    )

@@ -18,7 +18,7 @@ from ollama_forge.files import atomic_output, refuse_existing, require_free_spac
 from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.gguf.types import is_quantized
 from ollama_forge.gguf.writer import write_gguf
-from ollama_forge.jobs.resolve import ResolvedModel
+from ollama_forge.jobs.resolve import ResolvedModel, resolve_stored
 from ollama_forge.transform.folder import atomic_folder
 from ollama_forge.transform.lora_gguf import plan_lora_gguf, require_expressible
 from ollama_forge.transform.lora_peft import plan_peft, write_safetensors
@@ -85,12 +85,17 @@ def convert_adapter(
     base: ResolvedModel | None,
     *,
     outtype: str = "f32",
+    store_path: Path | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> ConvertedAdapter:
     """PEFT to LoRA GGUF (an output that ends with .gguf), or a LoRA file to a PEFT folder (any other output).
 
+    Args:
+        base: None: the one that the adapter names; a name that our own training wrote is looked up in `store_path`.
+
     Raises:
+        NotFoundError: the store does not have the base that the adapter names.
         AdapterError: it does not fit the base, or cannot be expressed in the other form; the tensor is named.
         UsageError: a base is needed, or the output's name means the form that the adapter has already.
     """
@@ -102,6 +107,8 @@ def convert_adapter(
                 f"{str(output)!r} would be a PEFT folder, and {str(path)!r} is one already",
                 next=f"For the GGUF form: ollama-forge adapters convert {path} -o {output}.gguf",
             )
+        if base is None and adapter.base_names:
+            base = resolve_stored(adapter.base_names[0], store_path)
         fitted, warnings = _settled(fit_adapter(adapter, _find_base(adapter, base)), base)
         if wants_gguf:
             done = _write_gguf(fitted, output, outtype, overwrite=overwrite, dry_run=dry_run)

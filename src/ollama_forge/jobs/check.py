@@ -1,10 +1,12 @@
 """Prove that a model works before it gets its name: it loads, its prompt is the training prompt, it answers and stops.
 
-In: an installed model that nobody sees yet. Out: `CheckReport`; a prompt that differs is a `CheckError`.
+In: an installed model that nobody sees yet. Out: `CheckReport`; a prompt that differs, or an answer that is not made of
+numbers, is a `CheckError`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.store.installed import InstalledModel
 
 if TYPE_CHECKING:
-    from ollama_forge.engine import Engine
+    from ollama_forge.engine import Engine, Generation
 
 CHECK_TOKENS = 48
 CHECK_CONTEXT = 1024
@@ -46,12 +48,16 @@ class CheckReport:
         }
 
 
-def check_model(model: InstalledModel) -> CheckReport:
+def check_model(model: InstalledModel, source: str | None = None) -> CheckReport:
     """Load, compare prompts, generate.
+
+    Args:
+        source: what the errors call the weights; their blob by default.
 
     Raises:
         EngineError: llama.cpp refuses the model.
-        CheckError: the prompt that the engine sends differs from the one the template means.
+        CheckError: the prompt that the engine sends differs from the one the template means, or the model computes
+            no numbers.
     """
     from ollama_forge.engine import GREEDY, open_engine, sampling_from_parameters  # many commands never come here
 
@@ -64,10 +70,22 @@ def check_model(model: InstalledModel) -> CheckReport:
         system = [{"role": "system", "content": model.system}] if model.system else []
         template = compare_prompts(model, engine)
         if template == "none":
-            said = engine.generate(QUESTION, sampling)
+            said = engine.generate(QUESTION, sampling, n_logprobs=1)
         else:
-            said = engine.chat([*system, {"role": "user", "content": QUESTION}], sampling)
+            said = engine.chat([*system, {"role": "user", "content": QUESTION}], sampling, n_logprobs=1)
+    _require_numbers(said, source or str(model.model_path))
     return CheckReport(loaded=True, template=template, stopped=said.stop_reason == "stop", sample=said.text)
+
+
+def _require_numbers(said: Generation, source: str) -> None:
+    """The likeliest token of a model that works has a probability; NaN in its weights leaves it none."""
+    if not all(math.isfinite(token.logprob) for token in said.logprobs):
+        raise CheckError(
+            f"{source!r} computes no numbers: its probabilities are NaN, so it was not landed",
+            why=f"Some weights are not finite: the file is damaged, or its training diverged. It says "
+            f"{said.text[:20]!r}.",
+            next="Get the model again, and check it where it came from.",
+        )
 
 
 def compare_prompts(model: InstalledModel, engine: Engine) -> str:

@@ -9,13 +9,14 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ollama_forge.convert.llama_cpp import convert_with_llama_cpp
 from ollama_forge.convert.plan import ConvertOptions, plan_conversion
 from ollama_forge.errors import FormatError, UsageError
 from ollama_forge.files import Progress, atomic_output, make_folder, no_progress, refuse_existing, require_free_space
+from ollama_forge.gguf.finite import finite_entry
 from ollama_forge.gguf.imatrix import read_imatrix
 from ollama_forge.gguf.quantize import QuantizeOptions, plan_quantization
 from ollama_forge.gguf.reader import open_gguf
@@ -195,7 +196,8 @@ def convert_foreign_folder(
     with convert_with_llama_cpp(folder, output.parent, options) as converted:
         opened = open_quantization(converted, options.quantize) if options.quantize else open_joined(converted)
         with opened as planned:
-            return write_planned(planned, output, started, overwrite=overwrite, dry_run=False, progress=progress)
+            checked = planned if options.quantize else replace(planned, entries=[*map(finite_entry, planned.entries)])
+            return write_planned(checked, output, started, overwrite=overwrite, dry_run=False, progress=progress)
 
 
 def quantize_file(

@@ -47,7 +47,7 @@ def render_script(
         "# Make a model smaller: cut, heal, measure, quantize, land. Written by: ollama-forge downsize pipeline",
         "#",
         f"# Model:  {_remark(request.ref)} ({plan.n_layers} layers)",
-        f"# Target: {_remark(request.goal.text)} ({plan.steps[-1].n_layers} layers, about {plan.final_bytes:,} bytes)",
+        f"# Target: {_remark(request.goal.text)} ({plan.steps[-1].n_layers} layers, {plan.final_bytes:,} bytes)",
         "#",
         "# Relative paths start from the folder in which the script is run. It stops at the first step that fails;",
         "# run it again to go on.",

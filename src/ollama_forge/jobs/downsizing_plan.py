@@ -5,10 +5,12 @@ In: a `PipelineRequest`. Out: a `PipelinePlan`. Headers and the data are read; n
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,12 @@ import numpy as np
 from ollama_forge.convert.plan import ConvertOptions, plan_conversion
 from ollama_forge.errors import UsageError
 from ollama_forge.files import require_free_space
+from ollama_forge.gguf.header import DEFAULT_ALIGNMENT
 from ollama_forge.gguf.mixture import plan_choices
+from ollama_forge.gguf.quantize import quantization_fields
 from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.gguf.types import GGMLType, tensor_bytes
+from ollama_forge.gguf.writer import Field, TensorEntry, plan_layout
 from ollama_forge.jobs.conversion import quantize_options
 from ollama_forge.jobs.environment import available_memory_bytes
 from ollama_forge.jobs.resolve import ResolvedModel
@@ -28,8 +33,10 @@ from ollama_forge.jobs.training_plan import RUNTIME_BYTES, WORKSPACE_BYTES
 from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.train.distill_options import DistillOptions
 from ollama_forge.train.options import LoopOptions, LoraOptions
-from ollama_forge.transform.cut import read_sizes
+from ollama_forge.transform.cut import Cut, ModelSizes, read_sizes
 from ollama_forge.transform.cut_request import MOST_PER_STEP
+from ollama_forge.transform.origin import fields_of
+from ollama_forge.transform.prune import cut_fields
 from ollama_forge.weights.checkpoint import open_checkpoint
 
 LOWER_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q3_K_S", "Q2_K")
@@ -82,7 +89,7 @@ class PipelineRequest:
 
 @dataclass(frozen=True)
 class PruneStep:
-    """One cut, and the healing after it. Sizes are predicted from the average layer."""
+    """One cut, and the healing after it; `size_bytes` is that of the file."""
 
     number: int
     n_layers: int
@@ -180,41 +187,59 @@ Tensors = Sequence[tuple[str, tuple[int, ...], GGMLType]]
 
 
 @dataclass(frozen=True)
-class _Weights:
-    """Sums over tensors: outside of the layers, and in an average layer."""
-
-    outside: float
-    layer: float
-
-    def at(self, n_layers: int) -> int:
-        return round(self.outside + n_layers * self.layer)
-
-
-@dataclass(frozen=True)
 class _Source:
-    """A model's header."""
+    """A model's header, as GGUF has it."""
 
     architecture: str
-    metadata: Mapping[str, Any]
+    fields: Sequence[Field]
+    alignment: int
     tensors: Tensors
-    n_layers: int
-    period: int
+    sizes: ModelSizes
     family: str
 
-    def parameters(self) -> _Weights:
-        return self._weigh([(name, math.prod(shape)) for name, shape, _ in self.tensors])
+    @property
+    def n_layers(self) -> int:
+        return self.sizes.n_layers
 
-    def sizes(self, file_type: str | None) -> _Weights:
-        """Bytes as the tensors are, or in a quantization."""
-        if file_type is None:
-            return self._weigh([(name, tensor_bytes(type_, shape)) for name, shape, type_ in self.tensors])
-        options = quantize_options(file_type, allow_requantize=True)
-        choices = plan_choices(self.architecture, self.metadata.get, list(self.tensors), options)
-        return self._weigh([(choice.name, tensor_bytes(choice.type, choice.shape)) for choice in choices])
+    def parameters(self, n_layers: int) -> int:
+        """Numbers in all tensors."""
+        return sum(math.prod(shape) for _, shape, _ in self._tensors(n_layers))
 
-    def _weigh(self, numbers: Sequence[tuple[str, int]]) -> _Weights:
-        inside = sum(number for name, number in numbers if _BLOCK.match(name))
-        return _Weights(sum(number for _, number in numbers) - inside, inside / self.n_layers)
+    def size_bytes(self, n_layers: int, file_type: str | None = None) -> int:
+        """The file with so many layers, as its tensors are or quantized, header and vocabulary included.
+
+        Where layers differ in size, which of them stay is measured later: the largest ones count.
+        """
+        fields, tensors = self.fields, self._tensors(n_layers)
+        if n_layers < self.n_layers:
+            cut = Cut(layers=np.arange(n_layers, dtype=np.int64))
+            fields = cut_fields(fields, self.architecture, self.sizes, cut)
+        if file_type is not None:
+            options = quantize_options(file_type, allow_requantize=True)
+            wanted = quantization_fields(options)
+            replaced = {item.key for item in wanted}
+            fields = [item for item in fields if item.key not in replaced] + wanted
+            known = {item.key: item.value for item in fields}
+            choices = plan_choices(self.architecture, known.get, tensors, options)
+            tensors = [(choice.name, choice.shape, choice.type) for choice in choices]
+        entries = [TensorEntry(name, shape, type_, tuple) for name, shape, type_ in tensors]
+        return plan_layout(fields, entries, self.alignment).size_bytes
+
+    def _tensors(self, n_layers: int) -> Tensors:
+        layers: dict[int, int] = {}
+        for name, shape, type_ in self.tensors:
+            if match := _BLOCK.match(name):
+                layers[int(match[1])] = layers.get(int(match[1]), 0) + tensor_bytes(type_, shape)
+        largest = sorted(sorted(layers, key=lambda layer: -layers[layer])[:n_layers])
+        places = {layer: place for place, layer in enumerate(largest)}
+        kept = []
+        for name, shape, type_ in self.tensors:
+            match = _BLOCK.match(name)
+            if match is None:
+                kept.append((name, shape, type_))
+            elif int(match[1]) in places:
+                kept.append((f"blk.{places[int(match[1])]}.{name[match.end() :]}", shape, type_))
+        return kept
 
 
 def plan_pipeline(request: PipelineRequest, model: ResolvedModel, n_tokens: int) -> PipelinePlan:
@@ -227,27 +252,29 @@ def plan_pipeline(request: PipelineRequest, model: ResolvedModel, n_tokens: int)
         UsageError: a goal that is not smaller than the model, or that not even one layer meets.
         DiskError: no room for all that is made.
     """
-    source = _open_source(model)
-    parameters, sizes = source.parameters(), source.sizes(None)
-    finals = source.sizes(request.quant)
-    last = _final_layers(request, source, parameters, finals)
+    with _open_source(model) as source:
+        return _plan(request, source, model.folder is not None, n_tokens)
+
+
+def _plan(request: PipelineRequest, source: _Source, is_folder: bool, n_tokens: int) -> PipelinePlan:
+    last = _final_layers(request, source)
     rate = _products_per_second()
     steps = [
-        _step(number, n_layers, request, parameters, sizes, source.n_layers, n_tokens, rate)
-        for number, n_layers in enumerate(_staircase(source.n_layers, last, source.period, parameters), start=1)
+        _step(number, n_layers, request, source, n_tokens, rate)
+        for number, n_layers in enumerate(_staircase(source, last), start=1)
     ]
-    final_bytes = finals.at(last)
+    size_bytes, final_bytes = source.size_bytes(source.n_layers), source.size_bytes(last, request.quant)
     lower_type, lower_bytes = _lower(source, final_bytes)
     disk = sum(2 * step.size_bytes for step in steps) + final_bytes * 2 + lower_bytes
-    disk += sizes.at(source.n_layers) if model.folder is not None else 0
+    disk += size_bytes if is_folder else 0
     if request.distill.is_full:
         disk += max(2 * 12 * step.n_parameters for step in steps)  # two checkpoints: weights and optimizer
     require_free_space(request.folder, disk, f"the steps of {request.name!r}")
     return PipelinePlan(
         ref=request.ref,
         family=source.family,
-        size_bytes=sizes.at(source.n_layers),
-        n_parameters=parameters.at(source.n_layers),
+        size_bytes=size_bytes,
+        n_parameters=source.parameters(source.n_layers),
         n_layers=source.n_layers,
         steps=tuple(steps),
         final_bytes=final_bytes,
@@ -258,27 +285,31 @@ def plan_pipeline(request: PipelineRequest, model: ResolvedModel, n_tokens: int)
     )
 
 
-def _open_source(model: ResolvedModel) -> _Source:
+@contextlib.contextmanager
+def _open_source(model: ResolvedModel) -> Iterator[_Source]:
+    """Its fields are read from the file, which stays open inside the block."""
     path = model.gguf_path or model.folder
     assert path is not None
     with open_checkpoint(path) as checkpoint:
-        sizes, family = read_sizes(checkpoint), checkpoint.family
+        sizes, name, architecture = read_sizes(checkpoint), checkpoint.family.name, checkpoint.family.gguf_architecture
     if model.folder is not None:
         with plan_conversion(model.folder, ConvertOptions()) as conversion:
-            metadata = {item.key: item.value for item in conversion.fields}
             rows = [(entry.name, tuple(entry.shape), entry.type) for entry in conversion.entries]
+            yield _Source(architecture, conversion.fields, DEFAULT_ALIGNMENT, rows, sizes, name)
     else:
         with open_gguf(path) as gguf:
-            metadata = dict(gguf.metadata)
             rows = [(tensor.name, tensor.shape, tensor.type) for tensor in gguf.tensors.values()]
-    return _Source(family.gguf_architecture, metadata, rows, sizes.n_layers, sizes.period, family.name)
+            yield _Source(architecture, fields_of(gguf), gguf.alignment, rows, sizes, name)
 
 
-def _final_layers(request: PipelineRequest, source: _Source, parameters: _Weights, sizes: _Weights) -> int:
+def _final_layers(request: PipelineRequest, source: _Source) -> int:
     """The most layers that meet the goal."""
-    goal = request.goal
-    weights = sizes if goal.size_bytes is not None else parameters
-    whole = weights.at(source.n_layers)
+    goal, period = request.goal, source.sizes.period
+
+    def measured(n_layers: int) -> int:
+        return source.size_bytes(n_layers, request.quant) if goal.size_bytes else source.parameters(n_layers)
+
+    whole = measured(source.n_layers)
     limit = goal.size_bytes or goal.n_parameters or (goal.share or 0.0) * whole
     unit = "bytes" if goal.size_bytes is not None else "parameters"
     if limit >= whole:
@@ -287,57 +318,53 @@ def _final_layers(request: PipelineRequest, source: _Source, parameters: _Weight
             + (f" in {request.quant}" if goal.size_bytes is not None and request.quant else ""),
             next="Give a smaller target, for example --target 60%",
         )
-    counts = range(source.n_layers - source.period, 0, -source.period)
-    fitting = next((count for count in counts if weights.at(count) <= limit), None)
-    if fitting is None:
-        least = weights.at(source.period)
+    counts = range(source.n_layers % period or period, source.n_layers, period)
+    n_fitting = bisect.bisect_right(counts, limit, key=measured)
+    if not n_fitting:
+        least = measured(counts[0]) if counts else whole
         raise UsageError(
             f"--target {goal.text} cannot be met by cutting layers: the smallest that can be made has {least:,} {unit}",
             why="The embedding and the head stay, and at least "
-            + ("one layer." if source.period == 1 else f"{source.period} layers, after which their kinds repeat."),
-            next=f"Give --target {math.ceil(100 * least / whole)}% or more"
-            + (", or a smaller --quant." if goal.size_bytes is not None else "."),
+            + ("one layer." if period == 1 else f"{period} layers, after which their kinds repeat."),
+            next=f"Give --target {math.ceil(least / 1000)}KB or more, or a smaller --quant."
+            if goal.size_bytes is not None
+            else f"Give --target {math.ceil(100 * least / whole)}% or more.",
         )
-    return fitting
+    return counts[n_fitting - 1]
 
 
-def _staircase(n_layers: int, last: int, period: int, parameters: _Weights) -> list[int]:
+def _staircase(source: _Source, last: int) -> list[int]:
     """Layers after each step, each taking away at most a third of what is there, if a layer is not more than that."""
     stairs = []
+    n_layers, period = source.n_layers, source.sizes.period
     while n_layers > last:
-        least = (1 - MOST_PER_STEP) * parameters.at(n_layers)
+        least = (1 - MOST_PER_STEP) * source.parameters(n_layers)
         counts = range(n_layers - period, last - 1, -period)
-        n_layers = min((count for count in counts if parameters.at(count) >= least), default=n_layers - period)
+        n_layers = min((count for count in counts if source.parameters(count) >= least), default=n_layers - period)
         stairs.append(n_layers)
     return stairs
 
 
 def _step(
-    number: int,
-    n_layers: int,
-    request: PipelineRequest,
-    parameters: _Weights,
-    sizes: _Weights,
-    all_layers: int,
-    n_tokens: int,
-    rate: float,
+    number: int, n_layers: int, request: PipelineRequest, source: _Source, n_tokens: int, rate: float
 ) -> PruneStep:
-    student, teacher = parameters.at(n_layers), parameters.at(all_layers)
-    memory = RUNTIME_BYTES + WORKSPACE_BYTES + sizes.at(n_layers)
+    student, teacher = source.parameters(n_layers), source.parameters(source.n_layers)
+    size_bytes = source.size_bytes(n_layers)
+    memory = RUNTIME_BYTES + WORKSPACE_BYTES + size_bytes
     if not request.distill.cached_words:
-        memory += sizes.at(all_layers)
+        memory += source.size_bytes(source.n_layers)
     if request.distill.is_full:
         memory += student * _FULL_BYTES
     # products of weights and numbers: 1 forward and 2 backward for the student (1 with LoRA), 1 more to compute
     # activations again, 1 for the teacher; two operations each
     passes = (3 if request.distill.is_full else 2) + (1 if request.loop.checkpointing else 0)
     operations = 2 * n_tokens * (passes * student + teacher)
-    return PruneStep(number, n_layers, student, sizes.at(n_layers), n_tokens, memory, operations / rate)
+    return PruneStep(number, n_layers, student, size_bytes, n_tokens, memory, operations / rate)
 
 
 def _lower(source: _Source, final_bytes: int) -> tuple[str, int]:
     """The largest quantization of the whole model that is not larger than the result, else the smallest."""
-    found = [(name, source.sizes(name).at(source.n_layers)) for name in LOWER_TYPES]
+    found = [(name, source.size_bytes(source.n_layers, name)) for name in LOWER_TYPES]
     return next(((name, size) for name, size in found if size <= final_bytes), min(found, key=lambda item: item[1]))
 
 

@@ -32,7 +32,7 @@ from ollama_forge.jobs.landing import LandedModel, land_gguf, land_installed
 from ollama_forge.jobs.lineage import file_ingredient, hashed_ingredient, ingredient_of, modelfile_text, working
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, inherited, merge_and_land
 from ollama_forge.jobs.processes import count_processes, is_first_process, shares_blocks, wait_for_first_process
-from ollama_forge.jobs.resolve import ResolvedModel
+from ollama_forge.jobs.resolve import STORED, ResolvedModel
 from ollama_forge.jobs.run_folder import RUN_FILE
 from ollama_forge.jobs.training_plan import TrainingPlan
 from ollama_forge.store.modelfile import Modelfile
@@ -202,7 +202,7 @@ def name_for_others(prepared: PreparedRun) -> str:
     origin = ingredient_of(prepared.origin)
     if repo or origin.commit:
         return repo or origin.ref.removeprefix("hf:").partition(":")[0]
-    return origin.ref if prepared.origin.installed is None else f"ollama://{origin.ref}"
+    return origin.ref if prepared.origin.installed is None else STORED + origin.ref
 
 
 def matching_template(changes: Modelfile, prepared: PreparedRun) -> Modelfile:

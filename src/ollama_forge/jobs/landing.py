@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,7 @@ def _run_landing(
     size_bytes: int,
     projector: Path | None = None,
 ) -> Landed:
+    check = partial(check_model, source=str(model)) if isinstance(model, Path) else check_model
     with _watched(options.progress, f"Hashing {name}", size_bytes) as advance:
         return land(
             store,
@@ -254,7 +256,7 @@ def _run_landing(
             adapters=adapters,
             projector=projector,
             overwrite=options.overwrite,
-            check=check_model if options.check else None,
+            check=check if options.check else None,
             advance=advance,
         )
 

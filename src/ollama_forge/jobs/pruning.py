@@ -35,7 +35,7 @@ from ollama_forge.transform.edits import TensorLoss
 from ollama_forge.transform.folder import require_free_target
 from ollama_forge.transform.prune import PrunedGGUF, plan_gguf_cut
 from ollama_forge.transform.prune_folder import PrunedFolder, plan_folder_cut, write_pruned_folder
-from ollama_forge.transform.ranking import Importance, dropped_layers, ranking_document
+from ollama_forge.transform.ranking import Importance, KeptPart, dropped_layers, kept_parts, ranking_document
 from ollama_forge.weights.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class PrunedModel:
         before, after: the sizes of both models.
         parameters_before, parameters_after: numbers in all tensors.
         importance: what was measured; None when `drop` said it all.
+        parts: what stays inside of the layers, where that was cut.
         losses: of tensors that were encoded anew; empty in a dry run.
     """
 
@@ -72,6 +73,7 @@ class PrunedModel:
     seconds: float
     warnings: tuple[str, ...] = ()
     is_dry_run: bool = False
+    parts: tuple[KeptPart, ...] = ()
 
     @property
     def kept_share(self) -> float:
@@ -94,7 +96,7 @@ class PrunedModel:
             "sliced": self.sliced,
             "requantized": self.requantized,
             "tensors": [loss.document() for loss in self.losses],
-            "ranking": ranking_document(self.importance, self.dropped) if self.importance else None,
+            "ranking": ranking_document(self.importance, self.dropped, self.parts) if self.importance else None,
             "warnings": list(self.warnings),
             "seconds": round(self.seconds, 3),
             "dry_run": self.is_dry_run,
@@ -114,6 +116,7 @@ class _OpenPruning:
     plan: PrunedGGUF | PrunedFolder
     dropped: tuple[int, ...]
     importance: Importance | None
+    parts: tuple[KeptPart, ...]
     source_bytes: int
 
     @property
@@ -150,6 +153,7 @@ class _OpenPruning:
             seconds=time.monotonic() - started,
             warnings=warnings,
             is_dry_run=is_dry_run,
+            parts=self.parts,
         )
 
 
@@ -318,7 +322,8 @@ def _open_pruning(
         dropped = tuple(dropped_layers(n_layers, cut.layers))
         file = source.gguf or source.folder
         assert file is not None
-        yield _OpenPruning(source, plan, dropped, importance, file.size_bytes)
+        parts = kept_parts(importance, cut) if importance is not None else ()
+        yield _OpenPruning(source, plan, dropped, importance, parts, file.size_bytes)
 
 
 def _scratch_path() -> Path:

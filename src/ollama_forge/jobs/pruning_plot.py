@@ -53,7 +53,7 @@ def write_plot(pruned: PrunedModel, path: Path, *, overwrite: bool = False) -> N
         )
     goes = f"layers {render_layers(pruned.dropped)} go" if pruned.dropped else "all layers stay"
     title = f"{pruned.kept_share:.0%} of the parameters stay; {goes}"
-    picture = draw_ranking(pruned.importance, pruned.dropped, title)
+    picture = draw_ranking(pruned.importance, pruned.dropped, title, pruned.parts)
     if path.suffix.lower() == ".html":
         write_bytes(path, _page(pruned, title, picture).encode(), overwrite=overwrite)
     else:

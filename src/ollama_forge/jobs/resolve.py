@@ -14,6 +14,9 @@ from ollama_forge.store.catalog import open_store
 from ollama_forge.store.installed import InstalledModel
 from ollama_forge.store.modelfile import Modelfile
 
+STORED = "ollama://"
+"""Before the name of an Ollama model where others expect a name on the Hub: in adapters that were trained on it."""
+
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -60,6 +63,15 @@ def resolve(text: str, store_path: Path | None = None) -> ResolvedModel:
         if Path(ref.text).exists():
             return _resolve_path(ModelRef(RefKind.PATH, ref.text, path=Path(ref.text)))
         raise
+
+
+def resolve_stored(text: str, store_path: Path | None = None) -> ResolvedModel | None:
+    """The model that an adapter's `ollama://NAME` means; None for any other text.
+
+    Raises:
+        NotFoundError: the store has no such model.
+    """
+    return _resolve_installed(text.removeprefix(STORED), store_path) if text.startswith(STORED) else None
 
 
 def resolve_gguf(text: str, store_path: Path | None = None) -> Path:

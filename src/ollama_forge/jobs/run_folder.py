@@ -15,9 +15,10 @@ from typing import Any
 
 from ollama_forge.errors import ExistsError
 from ollama_forge.files import make_folder, write_bytes
+from ollama_forge.weights.adapter import RESULT_FOLDER
 
 RUN_FILE = "run.json"
-_RESULTS = ("adapter", "student.gguf")
+_RESULTS = (RESULT_FOLDER, "student.gguf")
 
 
 def claim_folder(folder: Path, asked: Mapping[str, Any], *, is_resumed: bool) -> None:

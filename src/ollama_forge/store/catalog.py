@@ -133,6 +133,13 @@ class Store:
             return self._open(path, wanted)
         except FileNotFoundError:
             raise self.not_found(wanted) from None
+        except ManifestError as exc:
+            raise ManifestError(
+                f"{wanted.display!r} cannot be read from {str(path)!r}: {exc.what}",
+                why=exc.why,
+                next=f"Get the model again (ollama pull {wanted.display}), or see what is broken: "
+                f"ollama-forge verify --store {self.models_dir}",
+            ) from exc
         except OSError as exc:
             raise store_error(exc, path, "read the manifest") from exc
 
@@ -244,7 +251,11 @@ class Store:
         manifest = parse_manifest(raw)
         config = ConfigBlob()
         if manifest.config:
-            config = parse_config(self.blobs.read_bytes(manifest.config.digest))
+            try:
+                config = parse_config(self.blobs.read_bytes(manifest.config.digest))
+            except ManifestError as exc:
+                blob = self.blobs.path(manifest.config.digest)
+                raise ManifestError(f"{exc.what} ({str(blob)!r})", why=exc.why, next=exc.next) from exc
         return InstalledModel(
             name=name,
             digest=hashlib.sha256(raw).hexdigest(),

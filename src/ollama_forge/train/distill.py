@@ -45,9 +45,9 @@ from ollama_forge.train.options import LoopOptions, LoraOptions, LossPoint, Watc
 from ollama_forge.train.recompute import spare_last_blocks
 from ollama_forge.train.shared_blocks import sharing_blocks
 from ollama_forge.train.teacher import Batch, Teacher, wanted_positions
+from ollama_forge.weights.adapter import RESULT_FOLDER
 
 STUDENT_FILE = "student.gguf"
-ADAPTER_FOLDER = "adapter"
 _JUDGED_ROWS = 32
 
 
@@ -123,7 +123,7 @@ def distil_student(
         _write_result(student, trained, folder, base, options)
     history = trainer.state.log_history
     return TrainedStudent(
-        adapter=None if options.is_full else folder / ADAPTER_FOLDER,
+        adapter=None if options.is_full else folder / RESULT_FOLDER,
         model=folder / STUDENT_FILE if options.is_full else None,
         steps=trainer.state.global_step,
         train_losses=tuple(LossPoint(int(row["step"]), row["loss"]) for row in history if "loss" in row),
@@ -154,7 +154,7 @@ def _write_result(student: PackedModel, trained: Any, folder: Path, base: str, o
         return
     # Named only now: with a name, peft would look for the base on the Hub at every checkpoint.
     trained.peft_config["default"].base_model_name_or_path = base
-    trained.save_pretrained(str(folder / ADAPTER_FOLDER), safe_serialization=True, save_embedding_layers=False)
+    trained.save_pretrained(str(folder / RESULT_FOLDER), safe_serialization=True, save_embedding_layers=False)
 
 
 @dataclass

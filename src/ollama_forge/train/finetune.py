@@ -43,6 +43,7 @@ from ollama_forge.train.options import (
 from ollama_forge.train.recompute import spare_last_blocks
 from ollama_forge.train.shared_blocks import sharing_blocks
 from ollama_forge.train.targets import is_adapted, is_expert, require_targets
+from ollama_forge.weights.adapter import RESULT_FOLDER
 
 _BASE_LOSS_EXAMPLES = 32
 
@@ -111,7 +112,7 @@ def train_adapter(
             raise interrupted(trainer.state.global_step, total_steps, folder)
         final_loss = mean_loss(adapted, judged)
     warnings = _prove_learning(adapted, base_loss, final_loss)
-    result = folder / "adapter"
+    result = folder / RESULT_FOLDER
     if trainer.is_world_process_zero():
         # Named only now: with a name, peft would look for the base on the Hub at every checkpoint.
         adapted.peft_config["default"].base_model_name_or_path = base

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from ollama_forge.transform.ranking import Importance
+from ollama_forge.transform.ranking import Importance, KeptPart
 
 _CURVES = {
     "ffn": "feed-forward channels",
@@ -22,8 +22,9 @@ _CURVES = {
 _KEPT, _GONE = "#3b6ea5", "#c8553d"
 
 
-def draw_ranking(importance: Importance, dropped: Sequence[int], title: str) -> bytes:
-    """The picture as a PNG."""
+def draw_ranking(importance: Importance, dropped: Sequence[int], title: str, parts: Sequence[KeptPart] = ()) -> bytes:
+    """The picture as a PNG; a dashed line marks behind which share of its parts each curve is cut."""
+    cuts = {_CURVES[part.name]: part.n_kept / part.n_all for part in parts}
     curves = {words: values for name, words in _CURVES.items() if (values := getattr(importance, name)) is not None}
     n_axes = 2 + bool(curves)
     figure = Figure(figsize=(5.2 * n_axes, 4.2), dpi=110, layout="constrained")
@@ -38,7 +39,9 @@ def draw_ranking(importance: Importance, dropped: Sequence[int], title: str) -> 
     figure.colorbar(image, ax=axes[1], label="half turns", shrink=0.85)
     for words, values in curves.items():
         ranked = np.sort(np.atleast_2d(values), axis=1)[:, ::-1].mean(axis=0)
-        axes[2].plot(np.linspace(0, 1, len(ranked)), ranked / max(float(ranked[0]), 1e-30), label=words)
+        (line,) = axes[2].plot(np.linspace(0, 1, len(ranked)), ranked / max(float(ranked[0]), 1e-30), label=words)
+        if words in cuts:
+            axes[2].axvline(cuts[words], color=line.get_color(), linestyle="--", label=f"cut: {cuts[words]:.0%} stay")
     if curves:
         axes[2].set(title="Sorted, mean over layers", xlabel="share of them", ylabel="importance (largest = 1)")
         axes[2].legend()

@@ -29,7 +29,7 @@ from ollama_forge.transform.edits import (
     TensorLoss,
     require_storable,
 )
-from ollama_forge.transform.origin import edited_fields
+from ollama_forge.transform.origin import edited_fields, fields_of
 from ollama_forge.transform.outputs import edit_outputs
 from ollama_forge.transform.steering import store_rows
 
@@ -118,7 +118,7 @@ def plan_gguf_edit(
         else:
             chunks = _Job(source, origin, tensor, edit, importance, n_threads, losses.append).chunks
         entries.append(TensorEntry(name, tensor.shape, tensor.type, chunks, is_computed=True))
-    fields = edited_fields(source, without=_SPLIT_KEYS)
+    fields = edited_fields(fields_of(source), without=_SPLIT_KEYS)
     return EditedGGUF(
         fields=tuple(fields),
         entries=tuple(entries),

@@ -19,10 +19,15 @@ _REPO_KEYS = ("general.source.huggingface.repository", "general.source.repo_url"
 _REPO = re.compile(r"(?:https?://huggingface\.co/)?(?P<name>[^/\s]+/[^/\s]+)(?:/tree/\S+)?")
 
 
-def edited_fields(source: GGUFFile, without: Container[str] = ()) -> list[Field]:
-    """The fields of a file that is made from `source` by changing weights; all but the origin's are copied verbatim."""
-    name = source_repo(source.metadata)
-    kept = [from_reader(entry) for key, entry in source.fields.items() if key not in without]
+def fields_of(source: GGUFFile) -> list[Field]:
+    """All fields of an open file, verbatim."""
+    return [from_reader(entry) for entry in source.fields.values()]
+
+
+def edited_fields(source: Sequence[Field], without: Container[str] = ()) -> list[Field]:
+    """The fields of a file that is made by changing weights of one that has `source`; all but the origin's stay."""
+    name = source_repo({entry.key: entry.value for entry in source})
+    kept = [entry for entry in source if entry.key not in without]
     if not name:
         return kept
     kept = [field for field in kept if not field.key.startswith((_SOURCE, _BASE_MODEL))]

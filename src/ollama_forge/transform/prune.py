@@ -25,7 +25,7 @@ from ollama_forge.gguf.writer import Field, TensorEntry, array, copy_entry, plan
 from ollama_forge.transform.cut import Cut, ModelSizes, kept_axes, read_sizes, sizes_after, validate_cut
 from ollama_forge.transform.edits import LossMeter, TensorLoss
 from ollama_forge.transform.gather import Indices, gather, row_numbers, whole_blocks
-from ollama_forge.transform.origin import edited_fields
+from ollama_forge.transform.origin import edited_fields, fields_of
 from ollama_forge.weights.checkpoint import Checkpoint
 
 PIECE_ELEMENTS = 1 << 20
@@ -93,7 +93,7 @@ def plan_gguf_cut(checkpoint: Checkpoint, cut: Cut, *, n_threads: int | None = N
     validate_cut(sizes, cut)
     planner = _Planner(source, checkpoint.family, sizes, cut, n_threads)
     entries = tuple(entry for name in source.tensors if (entry := planner.entry(name)) is not None)
-    fields = cut_fields(source, sizes, cut)
+    fields = cut_fields(fields_of(source), source.architecture, sizes, cut)
     return PrunedGGUF(
         fields=fields,
         entries=entries,
@@ -244,13 +244,13 @@ class _Requantization:
             self.report(meter.result())
 
 
-def cut_fields(source: GGUFFile, sizes: ModelSizes, cut: Cut) -> tuple[Field, ...]:
+def cut_fields(source: Sequence[Field], architecture: str, sizes: ModelSizes, cut: Cut) -> tuple[Field, ...]:
     """The metadata of the smaller model: counts, and what is listed layer by layer.
 
     Raises:
         GGUFError: a number that must change is not there as a number.
     """
-    prefix = source.architecture + "."
+    prefix = architecture + "."
     layers = np.arange(sizes.n_layers) if cut.layers is None else cut.layers
     after = sizes_after(sizes, cut)
     changed = _changed_numbers(sizes, after, layers.tolist())
@@ -272,7 +272,7 @@ def cut_fields(source: GGUFFile, sizes: ModelSizes, cut: Cut) -> tuple[Field, ..
                 fields.append(uint32(prefix + key, sizes.head_dim))
     missing = [key for key in ("block_count",) if prefix + key not in present]
     if missing:
-        raise GGUFError(f"{str(source.path)!r} has no {prefix + missing[0]!r}", why="It is no language model.")
+        raise GGUFError(f"The model has no {prefix + missing[0]!r}", why="It is no language model.")
     return tuple(fields)
 
 

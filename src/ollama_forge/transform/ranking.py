@@ -25,6 +25,11 @@ Reals = NDArray[np.float64]
 METHODS = ("distance", "influence")
 """How layers are chosen: neighbouring ones over which the residual stream turns least, or each by itself."""
 
+PARTS = ("ffn", "kv_heads", "hidden", "experts")
+"""What is measured and cut inside of layers; those of `COUNTED` are few enough to be told one by one."""
+
+COUNTED = ("kv_heads", "experts")
+
 DEFAULT_METHOD = "influence"
 """It can choose layers that are not neighbours, such as those that a model learnt to do without; in models that were
 trained plainly neither method is better in general."""
@@ -73,6 +78,53 @@ class Target:
         """What must be measured for it, beside the layers."""
         wanted = {"ffn": self.ffn, "kv_heads": self.n_kv_heads, "hidden": self.hidden, "experts": self.n_experts}
         return frozenset(name for name, number in wanted.items() if number is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class KeptPart:
+    """What stays of one kind of parts, and how much they mattered.
+
+    Attributes:
+        name: `ffn`, `kv_heads`, `hidden` or `experts`.
+        layers: the layers that the rows stand for; empty where one choice holds for all (`hidden`).
+        importance: [rows, all].
+        kept: [rows, kept]; ascending indices.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    importance: Reals = field(repr=False)
+    kept: Indices = field(repr=False)
+
+    @property
+    def n_all(self) -> int:
+        return int(self.importance.shape[1])
+
+    @property
+    def n_kept(self) -> int:
+        return int(self.kept.shape[1])
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of each row's importance, what stays."""
+        stays = np.take_along_axis(self.importance, self.kept, axis=1).sum(axis=1)
+        return tuple((stays / np.maximum(self.importance.sum(axis=1), 1e-300)).tolist())
+
+
+def kept_parts(importance: Importance, cut: Cut) -> tuple[KeptPart, ...]:
+    """What a cut keeps of all that was measured beside the layers; layers that go are not counted."""
+    layers = range(importance.n_layers) if cut.layers is None else cut.layers.tolist()
+    parts = []
+    for name in PARTS:
+        values, kept = getattr(importance, name), getattr(cut, name)
+        if values is None or kept is None:
+            continue
+        if name == "hidden":
+            parts.append(KeptPart(name, (), values[None], kept[None]))
+        else:
+            rows = np.array(layers, dtype=np.int64)
+            parts.append(KeptPart(name, tuple(layers), values[rows], kept[rows]))
+    return tuple(parts)
 
 
 def choose_cut(importance: Importance, sizes: ModelSizes, target: Target, method: str = DEFAULT_METHOD) -> Cut:
@@ -173,8 +225,9 @@ def render_layers(layers: Sequence[int]) -> str:
     return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
 
 
-def ranking_document(importance: Importance, dropped: Sequence[int]) -> dict[str, Any]:
-    """The JSON form of what was measured; of channels only how they are spread."""
+def ranking_document(importance: Importance, dropped: Sequence[int], parts: Sequence[KeptPart] = ()) -> dict[str, Any]:
+    """The JSON form of what was measured and what stays; of channels only how they are spread, not each."""
+    cut = {part.name: _part_document(part) for part in parts}
     n_layers = importance.n_layers
     return {
         "tokens": importance.n_tokens,
@@ -189,8 +242,8 @@ def ranking_document(importance: Importance, dropped: Sequence[int]) -> dict[str
         ],
         "spans": _spans(importance, len(dropped)),
         **{
-            name: _spread(values)
-            for name in ("ffn", "kv_heads", "hidden", "experts")
+            name: {**_spread(values), **cut.get(name, {})}
+            for name in PARTS
             if (values := getattr(importance, name)) is not None
         },
     }
@@ -213,6 +266,18 @@ def _spans(importance: Importance, n_dropped: int) -> list[dict[str, float]]:
 def _spread(values: Reals) -> dict[str, float]:
     quantiles = np.quantile(values, [0.0, 0.1, 0.5, 0.9, 1.0])
     return dict(zip(("least", "p10", "median", "p90", "most"), map(float, quantiles), strict=True))
+
+
+def _part_document(part: KeptPart) -> dict[str, Any]:
+    document: dict[str, Any] = {"count": part.n_all, "kept": part.n_kept}
+    if not part.layers:
+        return {**document, "kept_share": part.shares[0]}
+    rows: list[dict[str, Any]] = []
+    for layer, share, values, kept in zip(part.layers, part.shares, part.importance, part.kept, strict=True):
+        rows.append({"layer": layer, "kept_share": share})
+        if part.name in COUNTED:
+            rows[-1] |= {"kept": kept.tolist(), "importance": values.tolist()}
+    return {**document, "layers": rows}
 
 
 def _best_of_each(values: Reals | None, count: int | None) -> Indices | None:

@@ -12,13 +12,17 @@ from enum import Enum
 from pathlib import Path
 from types import TracebackType
 
-from ollama_forge.errors import AdapterError, NotFoundError
+from ollama_forge.errors import AdapterError, ForgeError, NotFoundError
 from ollama_forge.files import disk_error
+from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.weights.adapter_config import CONFIG_NAME
 from ollama_forge.weights.adapter_ggla import MAGIC, open_ggla
 from ollama_forge.weights.adapter_gguf import open_lora_gguf
 from ollama_forge.weights.adapter_parts import LoraPair, Replacement
 from ollama_forge.weights.adapter_peft import PICKLE_NAME, SAFE_NAME, open_peft
+
+RESULT_FOLDER = "adapter"
+"""Where a training leaves its adapter, below its working folder."""
 
 _WEIGHTS = (SAFE_NAME, PICKLE_NAME)
 _HINT = "If this is a llama.cpp LoRA, pass the .bin or .gguf file path, or the directory containing it."
@@ -91,7 +95,8 @@ class Adapter:
 
 def find_adapter(path: Path) -> AdapterPlace:
     """What a path means. A folder with adapter_config.json or adapter_model.* is a PEFT folder; otherwise it must hold
-    exactly one .gguf or .bin file. A file is told by its first bytes, not by its name.
+    exactly one .gguf or .bin file, where models, matrices and pickles do not count, or be the working folder of a
+    training, whose adapter lies in `adapter/`. A file is told by its first bytes, not by its name.
 
     Raises:
         NotFoundError: nothing is there.
@@ -155,6 +160,10 @@ def _find_in_folder(folder: Path) -> AdapterPlace:
         files = sorted(entry for entry in folder.iterdir() if entry.suffix.lower() in (".gguf", ".bin"))
     except OSError as exc:
         raise disk_error(exc, folder, "read") from exc
+    adapters = [file for file in files if _may_be_adapter(file)]
+    if not adapters and (folder / RESULT_FOLDER / CONFIG_NAME).exists():
+        return AdapterPlace(folder / RESULT_FOLDER, AdapterKind.PEFT)
+    files = adapters or files
     if len(files) == 1:
         return _find_in_file(files[0])
     if files:
@@ -168,6 +177,19 @@ def _find_in_folder(folder: Path) -> AdapterPlace:
         why=f"Expected {CONFIG_NAME} with {SAFE_NAME} (PEFT), or exactly one .bin or .gguf file.",
         next=_HINT,
     )
+
+
+def _may_be_adapter(path: Path) -> bool:
+    """False for a file that says itself that it is something else; a broken one is told when it is opened."""
+    try:
+        with path.open("rb") as stream:
+            magic = stream.read(4)
+        if magic != b"GGUF":
+            return magic == MAGIC
+        with open_gguf(path) as file:
+            return file.metadata.get("general.type", "adapter") == "adapter"
+    except (OSError, ForgeError):
+        return True
 
 
 def _find_in_file(path: Path) -> AdapterPlace:

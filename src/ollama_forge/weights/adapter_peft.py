@@ -108,9 +108,10 @@ def _unpickled(path: Path) -> dict[str, AdapterTensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as exc:
+        # Nothing of torch's own text: it advises to read the file with the guard switched off.
         raise AdapterError(
             f"{str(path)!r} is not a file of tensors",
-            why=str(exc).splitlines()[0][:200] if str(exc) else "torch could not read it.",
+            why="It is damaged, or holds objects that only running its code could make; that is never done.",
             next="Get the adapter as adapter_model.safetensors.",
         ) from exc
     if not isinstance(loaded, dict):
