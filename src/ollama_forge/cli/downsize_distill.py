@@ -275,7 +275,9 @@ _LIGHTS = {"green": "green", "yellow": "yellow", "red": "red", "unknown": "yello
 
 
 def show_plan(console: Console, plan: DistillPlan) -> None:
-    """Two lines about what will be done."""
+    """A few lines about what will be done."""
+    from ollama_forge.cli.finetune import say_disk_and_time
+
     light = click.style(f"● {plan.light}", fg=_LIGHTS[plan.light])
     training = plan.training
     free = human_bytes(training.available_bytes) if training.available_bytes else "unknown"
@@ -284,11 +286,10 @@ def show_plan(console: Console, plan: DistillPlan) -> None:
         f"({human_bytes(training.base_bytes)}): {training.n_examples} examples, {training.n_tokens:,} tokens an epoch"
     )
     trained = "all weights" if plan.is_full else f"{human_count(training.n_trained_parameters)} trained numbers"
-    cached = f", {human_bytes(plan.cache_bytes)} of kept predictions" if plan.cache_bytes else ""
     console.say(
         f"{training.steps} steps, {trained}; {light} about {human_bytes(plan.memory_bytes)} of memory, {free} free"
-        + cached
     )
+    say_disk_and_time(console, plan.disk, plan.seconds)
 
 
 def _show(console: Console, result: DistillResult) -> None:

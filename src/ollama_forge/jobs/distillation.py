@@ -108,6 +108,7 @@ def distill(
         TrainingError: the vocabularies differ, a model cannot be trained, or training did nothing.
         DatasetError, TemplateError: data that cannot be used.
         ExistsError: the name or the working folder is taken.
+        DiskError: no room for checkpoints and results, before the work or in the middle of it.
         MissingExtraError: torch and its friends are not installed.
     """
     shares_blocks(writes_answers=bool(request.options.on_policy.share))
@@ -129,6 +130,8 @@ def _distill(
     with prepare_distillation(request, options) as prepared:
         if on_plan and is_first_process():
             on_plan(prepared.plan)
+        if is_first_process():
+            prepared.plan.disk.require()
         if options.dry_run:
             return DistillResult(prepared.plan, warnings=prepared.warnings)
         if is_first_process():

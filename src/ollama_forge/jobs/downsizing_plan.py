@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ollama_forge.convert.plan import ConvertOptions, plan_conversion
 from ollama_forge.errors import UsageError
@@ -24,6 +21,7 @@ from ollama_forge.gguf.types import GGMLType, tensor_bytes
 from ollama_forge.jobs.conversion import quantize_options
 from ollama_forge.jobs.environment import available_memory_bytes
 from ollama_forge.jobs.resolve import ResolvedModel
+from ollama_forge.jobs.training_disk import products_per_second
 from ollama_forge.jobs.training_plan import RUNTIME_BYTES, WORKSPACE_BYTES
 from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.train.distill_options import DistillOptions
@@ -40,7 +38,6 @@ _COUNTS = {"B": 10**9, "M": 10**6, "K": 10**3}
 _BYTES = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _FULL_BYTES = 16  # float32: the number, its gradient, Adam's two moments
-_TRIAL_SIZE, _TRIALS = 384, 5
 
 
 @dataclass(frozen=True)
@@ -231,7 +228,7 @@ def plan_pipeline(request: PipelineRequest, model: ResolvedModel, n_tokens: int)
     parameters, sizes = source.parameters(), source.sizes(None)
     finals = source.sizes(request.quant)
     last = _final_layers(request, source, parameters, finals)
-    rate = _products_per_second()
+    rate = products_per_second()
     steps = [
         _step(number, n_layers, request, parameters, sizes, source.n_layers, n_tokens, rate)
         for number, n_layers in enumerate(_staircase(source.n_layers, last, source.period, parameters), start=1)
@@ -339,14 +336,3 @@ def _lower(source: _Source, final_bytes: int) -> tuple[str, int]:
     """The largest quantization of the whole model that is not larger than the result, else the smallest."""
     found = [(name, source.sizes(name).at(source.n_layers)) for name in LOWER_TYPES]
     return next(((name, size) for name, size in found if size <= final_bytes), min(found, key=lambda item: item[1]))
-
-
-def _products_per_second() -> float:
-    """Operations of this processor's matrix products in float32, the fastest of a few that take a moment."""
-    one = np.ones((_TRIAL_SIZE, _TRIAL_SIZE), dtype=np.float32)
-    fastest = math.inf
-    for _ in range(_TRIALS):
-        began = time.perf_counter()
-        one @ one
-        fastest = min(fastest, time.perf_counter() - began)
-    return 2.0 * _TRIAL_SIZE**3 / max(fastest, 1e-9)

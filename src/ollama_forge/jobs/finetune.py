@@ -97,6 +97,7 @@ def finetune(
         TrainingError: the base cannot be trained, or training did nothing.
         UnsupportedError: processes that were started in a way that cannot work here.
         ExistsError: the name or the working folder is taken.
+        DiskError: no room for checkpoints and results, before the work or in the middle of it.
         MissingExtraError: torch and its friends are not installed.
     """
     shares_blocks()
@@ -108,6 +109,8 @@ def finetune(
     with prepare_run(request, options) as prepared:
         if on_plan and is_first_process():
             on_plan(prepared.plan)
+        if is_first_process():
+            prepared.plan.disk.require()
         if options.dry_run:
             return FinetuneResult(prepared.plan, warnings=prepared.warnings)
         if is_first_process():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,11 +20,12 @@ from ollama_forge.dataset.render import RenderOptions
 from ollama_forge.dataset.tokenize import TokenizedDataset, split_examples, tokenize_examples
 from ollama_forge.dataset.validate import read_dataset
 from ollama_forge.errors import ExistsError, MissingExtraError, TrainingError, UnsupportedError
-from ollama_forge.files import hash_file, make_folder, write_bytes
+from ollama_forge.files import hash_file, is_same_disk, make_folder, write_bytes
 from ollama_forge.gguf.reader import GGUFFile, open_gguf
 from ollama_forge.jobs.conversion import ConvertOptions, convert_folder
 from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.resolve import ResolvedModel, resolve, resolve_gguf
+from ollama_forge.jobs.training_disk import FLOAT_BYTES, TrainingDisk
 from ollama_forge.jobs.training_plan import TrainingPlan, plan_training
 from ollama_forge.store.catalog import open_store
 from ollama_forge.store.discard import exists_error
@@ -90,8 +92,23 @@ class PreparedRun:
 
 @contextlib.contextmanager
 def prepare_run(request: FinetuneRequest, options: LandOptions) -> Iterator[PreparedRun]:
+    """Check all there is to check; a folder of Hugging Face becomes a GGUF, of a dry run in a place that goes away.
+
+    Raises:
+        TrainingError, UnsupportedError: a base that cannot be trained.
+        DatasetError, TemplateError: data that cannot be used.
+    """
+    with contextlib.ExitStack() as scratch:
+        place = request.folder
+        if options.dry_run:
+            place = Path(scratch.enter_context(tempfile.TemporaryDirectory(prefix="ollama-forge-")))
+        yield scratch.enter_context(_prepared(request, options, place))
+
+
+@contextlib.contextmanager
+def _prepared(request: FinetuneRequest, options: LandOptions, place: Path) -> Iterator[PreparedRun]:
     origin = resolve(request.base, options.store_path)
-    model = as_trainable(origin, request.folder, options)
+    model = as_trainable(origin, place, options)
     assert model.gguf_path is not None
     source = model.gguf_path if request.base_gguf is None else twin_of(model, request.base_gguf, options)
     dataset = read_dataset(find_data_files(request.data, request.include))
@@ -112,8 +129,31 @@ def prepare_run(request: FinetuneRequest, options: LandOptions) -> Iterator[Prep
         )
         loop = settle(request.loop, len(train.rows))
         plan = plan_training(request.base, gguf, train, validation, request.lora, loop, request.folder)
+        plan = replace(plan, disk=_with_landing(plan, request, options, origin, model))
         warnings = _data_warnings(dataset.warnings, train, request, plan)
         yield PreparedRun(origin, model, gguf, chat_format, examples, held, train, validation, loop, plan, warnings)
+
+
+def _with_landing(
+    plan: TrainingPlan, request: FinetuneRequest, options: LandOptions, origin: ResolvedModel, model: ResolvedModel
+) -> TrainingDisk:
+    """What landing adds: an adapter layer, and of the base what the store does not have and cannot share."""
+    disk = plan.disk
+    assert model.gguf_path is not None
+    base, base_bytes = model.gguf_path, model.gguf_path.stat().st_size
+    if origin.folder is not None:
+        base = disk.folder
+        if options.dry_run:
+            disk = replace(disk, result_bytes=disk.result_bytes + base_bytes)  # it is not converted yet
+    if request.skip_landing or options.server is not None:
+        return disk
+    store = open_store(options.store_path).models_dir
+    if request.merge:
+        return replace(disk, store=store, landing_bytes=base_bytes)
+    added = 0 if is_same_disk(store, disk.folder) else plan.n_trained_parameters * FLOAT_BYTES
+    if model.installed is None and not is_same_disk(store, base):
+        added += base_bytes
+    return replace(disk, store=store, landing_bytes=added)
 
 
 def as_trainable(model: ResolvedModel, folder: Path, options: LandOptions) -> ResolvedModel:

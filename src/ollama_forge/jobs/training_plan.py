@@ -12,7 +12,8 @@ from typing import Any
 from ollama_forge.arch.families import find_family_by_gguf
 from ollama_forge.dataset.tokenize import TokenizedDataset
 from ollama_forge.gguf.reader import GGUFFile
-from ollama_forge.jobs.environment import available_memory_bytes, fit_light
+from ollama_forge.jobs.environment import available_memory_bytes, count_gpus, fit_light
+from ollama_forge.jobs.training_disk import TrainingDisk, estimate_seconds, plan_disk
 from ollama_forge.train.options import ACTIVATION_ROOM_BYTES, LoopOptions, LoraOptions, plan_steps
 
 RUNTIME_BYTES = 650 << 20  # torch, transformers, peft and TRL once they are imported
@@ -29,6 +30,8 @@ class TrainingPlan:
     Attributes:
         light: `green` (fits with room), `yellow` (just fits), `red` (does not), `unknown`.
         n_trained_parameters: numbers in the LoRA matrices.
+        disk: what is written, and where.
+        seconds: on this processor, about; None where a card does the work, whose pace only the first steps show.
         unspared_bytes: the memory if every block kept its activations; the same as `memory_bytes` where all do.
     """
 
@@ -46,7 +49,12 @@ class TrainingPlan:
     memory_bytes: int
     unspared_bytes: int
     available_bytes: int | None
-    folder: Path
+    disk: TrainingDisk
+    seconds: float | None
+
+    @property
+    def folder(self) -> Path:
+        return self.disk.folder
 
     @property
     def light(self) -> str:
@@ -75,6 +83,8 @@ class TrainingPlan:
             "memory_bytes": self.memory_bytes,
             "unspared_memory_bytes": self.unspared_bytes,
             "available_bytes": self.available_bytes,
+            **self.disk.document(),
+            "seconds": None if self.seconds is None else round(self.seconds),
             "light": self.light,
             "workdir": str(self.folder),
         }
@@ -95,6 +105,7 @@ def plan_training(
     def memory(checkpointing: bool) -> int:
         return sum(training_memory(gguf, lora, length * loop.batch_size, checkpointing).values())
 
+    steps, n_learnt = plan_steps(len(train.rows), loop), _count_lora(gguf, lora)
     return TrainingPlan(
         base=base,
         family=find_family_by_gguf(gguf.architecture).name,
@@ -105,13 +116,30 @@ def plan_training(
         n_learnt_tokens=train.n_learnt,
         n_truncated=train.n_truncated,
         longest=train.longest,
-        steps=plan_steps(len(train.rows), loop),
-        n_trained_parameters=_count_lora(gguf, lora),
+        steps=steps,
+        n_trained_parameters=n_learnt,
         memory_bytes=memory(loop.checkpointing),
         unspared_bytes=memory(False),
         available_bytes=available_memory_bytes(),
-        folder=folder,
+        disk=plan_disk(gguf, n_learnt, loop, steps, folder),
+        seconds=training_seconds(gguf, train, loop, steps, 2),
     )
+
+
+def training_seconds(
+    gguf: GGUFFile, train: TokenizedDataset, loop: LoopOptions, steps: int, passes: float
+) -> float | None:
+    """How long the processor trains, about; None where a card may do it.
+
+    Args:
+        passes: over the weights for each token, beside the one that recomputing activations takes: 2 with LoRA, one
+            forward and one backward.
+    """
+    if count_gpus() and loop.device != "cpu":
+        return None
+    n_rows = max(1, len(train.rows))
+    seen = min(n_rows * loop.epochs, steps * loop.batch_size * loop.grad_accum)
+    return estimate_seconds(gguf, seen * train.n_tokens / n_rows, passes + (1 if loop.checkpointing else 0))
 
 
 def training_memory(gguf: GGUFFile, lora: LoraOptions, n_positions: int, checkpointing: bool = True) -> dict[str, int]:

@@ -28,7 +28,14 @@ from trl import SFTConfig, SFTTrainer
 
 from ollama_forge.dataset.tokenize import Tokenized
 from ollama_forge.errors import TrainingError
-from ollama_forge.train.loop import GracefulInterrupt, Recorder, find_checkpoint, interrupted, loop_settings
+from ollama_forge.train.loop import (
+    GracefulInterrupt,
+    Recorder,
+    checkpoints_kept,
+    find_checkpoint,
+    interrupted,
+    loop_settings,
+)
 from ollama_forge.train.lora import use_packed_lora
 from ollama_forge.train.loss import install_chunked_loss
 from ollama_forge.train.options import (
@@ -73,6 +80,7 @@ def train_adapter(
     Raises:
         TrainingError: nothing was learnt, the loss is not a number, or there is nothing to train on.
         InterruptedRunError: Ctrl-C; a checkpoint was written.
+        DiskError: the disk is full; the last complete checkpoint is there.
     """
     started = time.monotonic()
     require_labels(train)
@@ -103,7 +111,7 @@ def train_adapter(
         install_chunked_loss(model)
         base_loss = mean_loss(adapted, judged)  # B is zero still
         checkpoint = find_checkpoint(folder) if resume else None
-        with GracefulInterrupt(recorder):
+        with checkpoints_kept(folder), GracefulInterrupt(recorder):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if recorder.is_interrupted:
             raise interrupted(trainer.state.global_step, total_steps, folder)
@@ -113,7 +121,8 @@ def train_adapter(
     if trainer.is_world_process_zero():
         # Named only now: with a name, peft would look for the base on the Hub at every checkpoint.
         adapted.peft_config["default"].base_model_name_or_path = base
-        adapted.save_pretrained(str(result), safe_serialization=True, save_embedding_layers=False)
+        with checkpoints_kept(folder):
+            adapted.save_pretrained(str(result), safe_serialization=True, save_embedding_layers=False)
     history = trainer.state.log_history
     return adapted, TrainedAdapter(
         folder=result,

@@ -16,6 +16,10 @@ ACTIVATION_ROOM_BYTES = 350_000_000
 are not computed a second time (`train.recompute`)."""
 
 
+KEPT_CHECKPOINTS = 2
+"""Complete checkpoints that a run keeps; while a third is written there are three."""
+
+
 @dataclass(frozen=True)
 class LossPoint:
     """A loss (nats per token) after a number of optimizer steps."""
@@ -110,6 +114,11 @@ def settle(loop: LoopOptions, n_examples: int) -> LoopOptions:
     if loop.grad_accum:
         return loop
     return replace(loop, grad_accum=min(8, max(1, n_examples // (10 * loop.batch_size))))
+
+
+def checkpoint_interval(loop: LoopOptions, total_steps: int) -> int:
+    """Optimizer steps between two checkpoints."""
+    return loop.checkpoint_every or max(1, total_steps // 10)
 
 
 def plan_steps(n_examples: int, loop: LoopOptions, n_processes: int = 1) -> int:
