@@ -13,6 +13,7 @@ from ollama_forge.cli.config_file import config_option
 from ollama_forge.cli.console import Console, human_bytes, human_count
 from ollama_forge.cli.landing import landing_options
 from ollama_forge.cli.options import modelfile_options
+from ollama_forge.cli.trainer_options import report_option
 from ollama_forge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 @click.option("--early-stop", type=click.IntRange(0), default=0, help="Evaluations without progress before it ends.")
 @click.option("--checkpoint-every", type=click.IntRange(0), default=0, help="Optimizer steps (default: ten in a run).")
 @click.option("--no-checkpointing", is_flag=True, help="Keep activations: faster, and much more memory.")
+@report_option
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --workdir.")
 @click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True)
 @click.option("--workdir", type=click.Path(path_type=Path), help="Checkpoints, result, report (default: distill-NAME).")

@@ -12,7 +12,7 @@ from ollama_forge.cli.config_file import config_option
 from ollama_forge.cli.console import Console, human_bytes, human_count, human_time
 from ollama_forge.cli.landing import landing_options
 from ollama_forge.cli.options import modelfile_options
-from ollama_forge.cli.trainer_options import TrainerTalk, show_trained_elsewhere, trainer_options
+from ollama_forge.cli.trainer_options import TrainerTalk, report_option, show_trained_elsewhere, trainer_options
 from ollama_forge.errors import UsageError
 from ollama_forge.files import free_bytes
 
@@ -58,6 +58,8 @@ SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 @click.option("--early-stop", type=click.IntRange(0), default=0, help="Evaluations without progress before it ends.")
 @click.option("--checkpoint-every", type=click.IntRange(0), default=0, help="Optimizer steps (default: ten in a run).")
 @click.option("--no-checkpointing", is_flag=True, help="Keep activations: faster, and much more memory.")
+@click.option("--packing", is_flag=True, help="Several short examples in one row of --max-length tokens, kept apart.")
+@report_option
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --workdir.")
 @click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True)
 @click.option(
@@ -161,6 +163,8 @@ def loop_options(settings: dict[str, Any]) -> Any:
         checkpoint_every=settings["checkpoint_every"],
         checkpointing=not settings["no_checkpointing"],
         device=settings["device"],
+        packed_length=settings["max_length"] if settings.get("packing") else 0,
+        report_to=settings["report_to"],
     )
 
 
@@ -194,6 +198,7 @@ def _show_plan(console: Console, plan: TrainingPlan) -> None:
     console.say(
         f"{plan.base} ({plan.family}, {human_bytes(plan.base_bytes)}): {plan.n_examples} examples, "
         f"{plan.n_tokens:,} tokens an epoch, {plan.n_learnt_tokens:,} of them learnt"
+        + (f"; packed into {plan.n_rows} rows" if plan.n_rows < plan.n_examples else "")
     )
     console.say(
         f"{plan.steps} steps, {human_count(plan.n_trained_parameters)} trained numbers; {light} about "

@@ -212,7 +212,7 @@ def check_models(request: DistillRequest, options: LandOptions) -> tuple[Resolve
     """
     if is_first_process():
         require_free_name(request.student, options)
-    require_extra()
+    require_extra(request.student.loop)
     if request.quant is not None:
         quantize_options(request.quant)
     teacher = resolve(request.teacher, options.store_path)

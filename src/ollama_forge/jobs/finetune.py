@@ -105,7 +105,7 @@ def finetune(
         wait_for_first_process(request.folder / RUN_FILE)
     if is_first_process():
         require_free_name(request, options)
-    require_extra()
+    require_extra(request.loop)
     with prepare_run(request, options) as prepared:
         if on_plan and is_first_process():
             on_plan(prepared.plan)

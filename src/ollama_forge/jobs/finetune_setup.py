@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ollama_forge.dataset.chat_format import ChatFormat, chat_format_of
 from ollama_forge.dataset.examples import Example, hash_examples
+from ollama_forge.dataset.pack import pack_rows
 from ollama_forge.dataset.read import find_data_files
 from ollama_forge.dataset.render import RenderOptions
 from ollama_forge.dataset.tokenize import TokenizedDataset, split_examples, tokenize_examples
@@ -31,7 +32,7 @@ from ollama_forge.store.catalog import open_store
 from ollama_forge.store.discard import exists_error
 from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.store.name import parse_name, validate_writable
-from ollama_forge.train.options import LoopOptions, LoraOptions, settle
+from ollama_forge.train.options import LOGGERS, LoopOptions, LoraOptions, settle
 
 RUN_FILE = "run.json"
 TRAIN_PACKAGES = ("torch", "transformers", "peft", "trl", "datasets")
@@ -127,11 +128,29 @@ def _prepared(request: FinetuneRequest, options: LandOptions, place: Path) -> It
             if held
             else None
         )
-        loop = settle(request.loop, len(train.rows))
+        _refuse_packing(gguf, request, train)
+        loop = settle(request.loop, len(pack_rows(train.rows, request.loop.packed_length)))
         plan = plan_training(request.base, gguf, train, validation, request.lora, loop, request.folder)
         plan = replace(plan, disk=_with_landing(plan, request, options, origin, model))
         warnings = _data_warnings(dataset.warnings, train, request, plan)
         yield PreparedRun(origin, model, gguf, chat_format, examples, held, train, validation, loop, plan, warnings)
+
+
+def _refuse_packing(gguf: GGUFFile, request: FinetuneRequest, train: TokenizedDataset) -> None:
+    """Refuse to pack where an example would be read otherwise than alone.
+
+    Raises:
+        UnsupportedError: rotary factors that change with the longest position in a row, and an example that is so long.
+    """
+    limit = gguf.arch_value("rope.scaling.original_context_length", 0)
+    is_switched = "rope_factors_long.weight" in gguf.tensors and train.longest > limit
+    if request.loop.packed_length and is_switched:
+        raise UnsupportedError(
+            f"Examples for {request.base!r} ({gguf.architecture}) cannot be packed: one has {train.longest:,} tokens",
+            why=f"Beyond {limit:,} tokens this model turns its positions by other factors, and short examples in the "
+            "same row would be turned by them, too.",
+            next=f"Leave --packing out, or keep examples short: --max-length {limit}",
+        )
 
 
 def _with_landing(
@@ -238,7 +257,19 @@ def missing_train_packages() -> list[str]:
     return [name for name in TRAIN_PACKAGES if not importlib.util.find_spec(name)]
 
 
-def require_extra() -> None:
+def require_extra(loop: LoopOptions | None = None) -> None:
+    """Refuse what the packages here cannot do.
+
+    Raises:
+        MissingExtraError: training's extra, or the package of a logger, is not installed.
+    """
+    for name in loop.report_to if loop else ():
+        packages = LOGGERS[name]
+        if not any(map(importlib.util.find_spec, packages)):
+            raise MissingExtraError(
+                f"--report-to {name} needs the package {packages[0]}, which is not installed",
+                next=f"pip install {packages[0]}   (or leave --report-to out)",
+            )
     missing = missing_train_packages()
     if missing:
         raise MissingExtraError(f"Training needs {', '.join(missing)}", next="pip install 'ollama-forge[train]'")

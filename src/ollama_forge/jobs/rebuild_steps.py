@@ -90,7 +90,7 @@ def _finetune(landing: Landing, source: InstalledModel | Path, changes: Modelfil
             name=landing.name,
             folder=Path(scratch) / "run",
             lora=LoraOptions(**{**plain["lora"], "target_modules": tuple(plain["lora"]["target_modules"])}),
-            loop=LoopOptions(**plain["loop"]),
+            loop=LoopOptions(**{**plain["loop"], "report_to": ()}),
             changes=changes,
             base_gguf=next(iter(_paths(landing, TWIN)), None),
             **{key: plain[key] for key in RECORDED_SETTINGS},

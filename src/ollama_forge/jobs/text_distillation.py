@@ -81,7 +81,7 @@ def distill_text(
     student = request.student
     if is_first_process():
         require_free_name(student, options)
-    require_extra()
+    require_extra(student.loop)
     resolve(student.base, options.store_path)
     teacher = _find_teacher(request, options)
     questions = read_questions(student.data, student.include)

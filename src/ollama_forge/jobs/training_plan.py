@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ollama_forge.arch.families import find_family_by_gguf
+from ollama_forge.dataset.pack import pack_rows
 from ollama_forge.dataset.tokenize import TokenizedDataset
 from ollama_forge.gguf.reader import GGUFFile
 from ollama_forge.jobs.environment import available_memory_bytes, count_gpus, fit_light
@@ -28,6 +29,7 @@ class TrainingPlan:
     """The sums of a run.
 
     Attributes:
+        n_rows: that the examples make: fewer where several share one.
         light: `green` (fits with room), `yellow` (just fits), `red` (does not), `unknown`.
         n_trained_parameters: numbers in the LoRA matrices.
         disk: what is written, and where.
@@ -39,6 +41,7 @@ class TrainingPlan:
     family: str
     base_bytes: int
     n_examples: int
+    n_rows: int
     n_validation: int
     n_tokens: int
     n_learnt_tokens: int
@@ -73,6 +76,7 @@ class TrainingPlan:
             "family": self.family,
             "base_bytes": self.base_bytes,
             "examples": self.n_examples,
+            "rows": self.n_rows,
             "validation_examples": self.n_validation,
             "tokens": self.n_tokens,
             "learnt_tokens": self.n_learnt_tokens,
@@ -100,17 +104,19 @@ def plan_training(
     folder: Path,
 ) -> TrainingPlan:
     """The sums of a run over a GGUF."""
-    length = max((len(row.input_ids) for row in train.rows), default=1)
+    packs = pack_rows(train.rows, loop.packed_length)
+    length = max((sum(len(row.input_ids) for row in pack) for pack in packs), default=1)
 
     def memory(checkpointing: bool) -> int:
         return sum(training_memory(gguf, lora, length * loop.batch_size, checkpointing).values())
 
-    steps, n_learnt = plan_steps(len(train.rows), loop), _count_lora(gguf, lora)
+    steps, n_learnt = plan_steps(len(packs), loop), _count_lora(gguf, lora)
     return TrainingPlan(
         base=base,
         family=find_family_by_gguf(gguf.architecture).name,
         base_bytes=gguf.size_bytes,
         n_examples=len(train.rows),
+        n_rows=len(packs),
         n_validation=len(validation.rows) if validation else 0,
         n_tokens=train.n_tokens,
         n_learnt_tokens=train.n_learnt,
@@ -137,7 +143,7 @@ def training_seconds(
     """
     if count_gpus() and loop.device != "cpu":
         return None
-    n_rows = max(1, len(train.rows))
+    n_rows = max(1, len(pack_rows(train.rows, loop.packed_length)))
     seen = min(n_rows * loop.epochs, steps * loop.batch_size * loop.grad_accum)
     return estimate_seconds(gguf, seen * train.n_tokens / n_rows, passes + (1 if loop.checkpointing else 0))
 

@@ -26,6 +26,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from ollama_forge.dataset.pack import pack_rows
 from ollama_forge.dataset.tokenize import Tokenized
 from ollama_forge.errors import TrainingError
 from ollama_forge.train.loop import (
@@ -84,26 +85,28 @@ def train_adapter(
     """
     started = time.monotonic()
     require_labels(train)
-    loop = settle(loop, len(train))
+    packs = pack_rows(train, loop.packed_length)
+    loop = settle(loop, len(packs))
     set_seed(loop.seed)
     install_chunked_loss(model)
     judged = list(validation or train)[:_BASE_LOSS_EXAMPLES]
     adapted = add_adapter(model, lora)
     if not is_shared:
         spare_last_blocks(model)
-    total_steps = plan_steps(len(train), loop, int(os.environ.get("WORLD_SIZE", "1")))
+    total_steps = plan_steps(len(packs), loop, int(os.environ.get("WORLD_SIZE", "1")))
     recorder = Recorder(watch, sum(len(row.input_ids) for row in train) * loop.epochs)
     settings = SFTConfig(
         **loop_settings(loop, folder, total_steps, has_validation=bool(validation)),
         max_length=None,
+        packing=bool(loop.packed_length),  # rows come packed; this makes TRL keep the examples in them apart
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     with sharing_blocks([model] if is_shared else [], settings.device):
         trainer = SFTTrainer(
             model=adapted,
             args=settings,
-            train_dataset=_as_dataset(train),
-            eval_dataset=_as_dataset(validation) if validation else None,
+            train_dataset=as_dataset(packs),
+            eval_dataset=as_dataset(pack_rows(validation, 0)) if validation else None,
             processing_class=tokenizer,
             callbacks=[recorder, *([EarlyStoppingCallback(loop.early_stop)] if loop.early_stop and validation else [])],
         )
@@ -233,7 +236,12 @@ def _prove_learning(model: PeftModel, base_loss: float, final_loss: float) -> tu
     return ()
 
 
-def _as_dataset(rows: Sequence[Tokenized]) -> Dataset:
+def as_dataset(packs: Sequence[Sequence[Tokenized]]) -> Dataset:
+    """A row for each pack; `seq_lengths` is what TRL's collator restarts positions by, and it masks first tokens."""
     return Dataset.from_dict(
-        {"input_ids": [list(row.input_ids) for row in rows], "labels": [list(row.labels) for row in rows]}
+        {
+            "input_ids": [[token for row in pack for token in row.input_ids] for pack in packs],
+            "labels": [[label for row in pack for label in row.labels] for pack in packs],
+            "seq_lengths": [[len(row.input_ids) for row in pack] for pack in packs],
+        }
     )

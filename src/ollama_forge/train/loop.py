@@ -128,7 +128,8 @@ def loop_settings(loop: LoopOptions, folder: Path, total_steps: int, *, has_vali
         "bf16": use_cuda and torch.cuda.is_bf16_supported(),
         "disable_tqdm": True,
         "log_level": "error",
-        "report_to": "none",
+        "report_to": list(loop.report_to) or "none",
+        "run_name": folder.name,
         "dataloader_pin_memory": use_cuda,
         "remove_unused_columns": False,
     }
