@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from command import DEMO_MODEL, forge, forge_json
 from safetensors.numpy import load_file
+from tiny_models import build_model
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ollama_forge.train.options import LOGGERS
@@ -78,6 +79,18 @@ def test_steps_are_those_of_packed_rows_and_a_resumed_run_gives_the_same_adapter
     assert resumed["steps"] == plan["steps"]
     there, here = matrices(tmp_path / "broken"), matrices(tmp_path / "whole")
     assert all(np.array_equal(there[key], here[key]) for key in here)
+
+
+def test_a_model_that_turns_long_rows_otherwise_is_not_packed_with_a_long_example(tmp_path: Path) -> None:
+    build_model("phi3_long", tmp_path / "phi")
+    rows = [*ROWS, {"prompt": "Tell me more.", "completion": " word" * 900}]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    run = ["finetune", "--data", tmp_path / "long.jsonl", "--base", tmp_path / "phi", "--skip-retrain", "--dry-run"]
+    refused = forge(*run, "--packing")
+    assert refused.code == 1 and "phi3" in refused.err and "--max-length 512" in refused.err
+    assert forge(*run).code == 0
+    plan = forge_json(*run, "--packing", "--max-length", "512")["plan"]
+    assert plan["rows"] < plan["examples"] == 13
 
 
 def test_every_logger_of_transformers_that_needs_one_package_is_known() -> None:

@@ -9,7 +9,7 @@ import contextlib
 import importlib.util
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ollama_forge.dataset.examples import Example, hash_examples
 from ollama_forge.dataset.pack import pack_rows
 from ollama_forge.dataset.read import find_data_files
 from ollama_forge.dataset.render import RenderOptions
-from ollama_forge.dataset.tokenize import TokenizedDataset, split_examples, tokenize_examples
+from ollama_forge.dataset.tokenize import Tokenized, TokenizedDataset, split_examples, tokenize_examples
 from ollama_forge.dataset.validate import read_dataset
 from ollama_forge.errors import ExistsError, MissingExtraError, TrainingError, UnsupportedError
 from ollama_forge.files import hash_file, is_same_disk, make_folder, write_bytes
@@ -128,7 +128,7 @@ def _prepared(request: FinetuneRequest, options: LandOptions, place: Path) -> It
             if held
             else None
         )
-        _refuse_packing(gguf, request, train)
+        _refuse_packing(gguf, request, [*train.rows, *(validation.rows if validation else ())])
         loop = settle(request.loop, len(pack_rows(train.rows, request.loop.packed_length)))
         plan = plan_training(request.base, gguf, train, validation, request.lora, loop, request.folder)
         plan = replace(plan, disk=_with_landing(plan, request, options, origin, model))
@@ -136,17 +136,17 @@ def _prepared(request: FinetuneRequest, options: LandOptions, place: Path) -> It
         yield PreparedRun(origin, model, gguf, chat_format, examples, held, train, validation, loop, plan, warnings)
 
 
-def _refuse_packing(gguf: GGUFFile, request: FinetuneRequest, train: TokenizedDataset) -> None:
+def _refuse_packing(gguf: GGUFFile, request: FinetuneRequest, rows: Sequence[Tokenized]) -> None:
     """Refuse to pack where an example would be read otherwise than alone.
 
     Raises:
         UnsupportedError: rotary factors that change with the longest position in a row, and an example that is so long.
     """
     limit = gguf.arch_value("rope.scaling.original_context_length", 0)
-    is_switched = "rope_factors_long.weight" in gguf.tensors and train.longest > limit
-    if request.loop.packed_length and is_switched:
+    longest = max(len(row.input_ids) for row in rows)
+    if request.loop.packed_length and "rope_factors_long.weight" in gguf.tensors and longest > limit:
         raise UnsupportedError(
-            f"Examples for {request.base!r} ({gguf.architecture}) cannot be packed: one has {train.longest:,} tokens",
+            f"Examples for {request.base!r} ({gguf.architecture}) cannot be packed: one has {longest:,} tokens",
             why=f"Beyond {limit:,} tokens this model turns its positions by other factors, and short examples in the "
             "same row would be turned by them, too.",
             next=f"Leave --packing out, or keep examples short: --max-length {limit}",
