@@ -210,14 +210,26 @@ def is_process_alive(pid: int) -> bool:
 
 def free_bytes(folder: Path) -> int:
     """Bytes that an ordinary user may still write on the file system of `folder` (or of its nearest parent)."""
+    return shutil.disk_usage(_nearest(folder)).free
+
+
+def is_same_disk(one: Path, other: Path) -> bool:
+    """Whether two places (or their nearest parents) lie on one file system."""
+    return _nearest(one).stat().st_dev == _nearest(other).stat().st_dev
+
+
+def _nearest(folder: Path) -> Path:
     probe = folder.absolute()
     while not probe.exists():
         probe = probe.parent
-    return shutil.disk_usage(probe).free
+    return probe
 
 
-def require_free_space(folder: Path, needed_bytes: int, what: str) -> None:
+def require_free_space(folder: Path, needed_bytes: int, what: str, *, next: str = "") -> None:
     """Refuse before the work starts.
+
+    Args:
+        next: what to do; by default to free some space, or to write elsewhere.
 
     Raises:
         DiskError: with the number of bytes that are missing.
@@ -227,7 +239,7 @@ def require_free_space(folder: Path, needed_bytes: int, what: str) -> None:
         raise DiskError(
             f"No room for {what} in {str(folder)!r}: it needs {needed_bytes:,} bytes and {free:,} are free",
             why=f"{needed_bytes - free:,} bytes are missing.",
-            next="Free some space, or write to another disk (OLLAMA_MODELS for the store, -o for a file).",
+            next=next or "Free some space, or write to another disk (OLLAMA_MODELS for the store, -o for a file).",
         )
 
 

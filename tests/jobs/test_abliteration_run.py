@@ -148,6 +148,7 @@ def test_what_cannot_work_is_said_before_the_work(place: Path, tmp_path: Path) -
     assert planned["plan"]["tokens"] > 0
     told = forge(*words(place, tmp_path / "planned", "new", "--dry-run"))
     assert "of memory and" in told.out and "Nothing was changed." in told.out
+    assert "known after the first prompts" in told.out and planned["plan"]["seconds"] is None
     assert not (tmp_path / "planned").exists()
 
 

@@ -36,6 +36,16 @@ def study_lines(folder: Path) -> list[Any]:
     return [json.loads(line) for line in (folder / "study.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def test_a_dry_run_says_what_a_search_takes(place: Path, tmp_path: Path) -> None:
+    only_front = forge_json(*words(place, tmp_path / "w", "--dry-run", "--n-trials", "7"))["plan"]
+    picked = forge_json(*words(place, tmp_path / "w", "--dry-run", "--pick", "best", "--name", "new"))["plan"]
+    assert only_front["trials"] == 7 and only_front["memory_bytes"] > only_front["source_bytes"] > 0
+    assert only_front["disk_bytes"] < picked["disk_bytes"] >= 2 * picked["source_bytes"]
+    told = forge(*words(place, tmp_path / "w", "--dry-run"))
+    assert "prompts to compute" in told.out and "of memory and" in told.out and "60 trials" in told.out
+    assert not (tmp_path / "w").exists()
+
+
 def test_forty_trials_find_what_is_better_than_the_default_and_the_pick_is_landed(place: Path) -> None:
     command = words(place, place / "search", *SMALL, "--n-trials", 40)
     found = forge_json(*command)

@@ -10,7 +10,7 @@ import click
 
 from ollama_forge.cli.abliterate_compute_dir import JoinsFractions
 from ollama_forge.cli.abliterate_job import job_options, make_request
-from ollama_forge.cli.abliterate_run import show_result
+from ollama_forge.cli.abliterate_run import show_plan, show_result
 from ollama_forge.cli.config_file import config_option
 from ollama_forge.cli.console import Console
 from ollama_forge.cli.landing import landing_options
@@ -115,7 +115,9 @@ def _refuse_old_words(parallel: int, prompts: Path | None, base_url: str | None,
 def _show(console: Console, result: OptimizeResult) -> None:
     search = result.search
     if search is None:
-        console.line(f"The study would be {result.study}. Nothing was changed.")
+        show_plan(console, result.model, result.study.parent, result.plan)
+        console.line(f"study     {result.study}, {result.plan['trials']} trials in the end")
+        console.line("Nothing was changed.")
         return
     default = search.trials[0]
     rows = [_row(trial, "default" if trial is default else "") for trial in search.front]

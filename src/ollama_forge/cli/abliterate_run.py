@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -119,20 +121,23 @@ def _land_checkpoint(
     report_landed(console, landed, {"evaluation": evaluation.document() if evaluation else None})
 
 
+def show_plan(console: Console, model: str, folder: Path, plan: Mapping[str, Any]) -> None:
+    """What a dry run says: prompts by their use, and what it takes."""
+    for name, part in plan["prompts"].items():
+        console.line(
+            f"{name:9} {part['computing']} prompts to compute, {part['choosing']} to choose, {part['judging']} to judge"
+        )
+    console.line(f"model     {model}, {human_bytes(plan['source_bytes'])}")
+    console.line(f"folder    {folder}")
+    console.line(
+        f"needs     about {human_bytes(plan['memory_bytes'])} of memory and {human_bytes(plan['disk_bytes'])} of disk"
+    )
+    console.line("time      known after the first prompts: it depends on how long the answers become")
+
+
 def _show(console: Console, result: AbliterationResult) -> None:
     if result.is_dry_run:
-        parts = result.plan["prompts"]
-        for name, part in parts.items():
-            console.line(
-                f"{name:9} {part['computing']} prompts to compute, {part['choosing']} to choose, "
-                f"{part['judging']} to judge"
-            )
-        console.line(f"model     {result.model}, {human_bytes(result.plan['source_bytes'])}")
-        console.line(f"folder    {result.folder}")
-        console.line(
-            f"needs     about {human_bytes(result.plan['memory_bytes'])} of memory and "
-            f"{human_bytes(result.plan['disk_bytes'])} of disk"
-        )
+        show_plan(console, result.model, result.folder, result.plan)
         console.line("Nothing was changed.")
         return
     choice = result.choice

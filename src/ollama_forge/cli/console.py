@@ -109,6 +109,13 @@ def human_bytes(size_bytes: int) -> str:
     return f"{value:.1f} TB"
 
 
+def human_time(seconds: float) -> str:
+    """5_400 -> '1.5 hours'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
 def human_count(count: int) -> str:
     """1_100_048_384 -> '1.1B', the way model sizes are spoken."""
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):

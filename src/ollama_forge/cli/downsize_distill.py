@@ -13,6 +13,7 @@ from ollama_forge.cli.config_file import config_option
 from ollama_forge.cli.console import Console, human_bytes, human_count
 from ollama_forge.cli.landing import landing_options
 from ollama_forge.cli.options import FiniteRange, modelfile_options
+from ollama_forge.cli.trainer_options import report_option
 from ollama_forge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 @click.option("--early-stop", type=click.IntRange(0), default=0, help="Evaluations without progress before it ends.")
 @click.option("--checkpoint-every", type=click.IntRange(0), default=0, help="Optimizer steps (default: ten in a run).")
 @click.option("--no-checkpointing", is_flag=True, help="Keep activations: faster, and much more memory.")
+@report_option
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --workdir.")
 @click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True)
 @click.option("--workdir", type=click.Path(path_type=Path), help="Checkpoints, result, report (default: distill-NAME).")
@@ -282,7 +284,9 @@ _LIGHTS = {"green": "green", "yellow": "yellow", "red": "red", "unknown": "yello
 
 
 def show_plan(console: Console, plan: DistillPlan) -> None:
-    """Two lines about what will be done."""
+    """A few lines about what will be done."""
+    from ollama_forge.cli.finetune import say_disk_and_time
+
     light = click.style(f"● {plan.light}", fg=_LIGHTS[plan.light])
     training = plan.training
     free = human_bytes(training.available_bytes) if training.available_bytes else "unknown"
@@ -291,11 +295,10 @@ def show_plan(console: Console, plan: DistillPlan) -> None:
         f"({human_bytes(training.base_bytes)}): {training.n_examples} examples, {training.n_tokens:,} tokens an epoch"
     )
     trained = "all weights" if plan.is_full else f"{human_count(training.n_trained_parameters)} trained numbers"
-    cached = f", {human_bytes(plan.cache_bytes)} of kept predictions" if plan.cache_bytes else ""
     console.say(
         f"{training.steps} steps, {trained}; {light} about {human_bytes(plan.memory_bytes)} of memory, {free} free"
-        + cached
     )
+    say_disk_and_time(console, plan.disk, plan.seconds)
 
 
 def _show(console: Console, result: DistillResult) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ollama_forge.cli.config_file import config_option
-from ollama_forge.cli.console import Console, human_bytes, human_count
+from ollama_forge.cli.console import Console, human_bytes, human_count, human_time
 from ollama_forge.cli.landing import landing_options
 from ollama_forge.cli.options import FiniteRange, modelfile_options
 from ollama_forge.errors import UsageError
@@ -192,7 +192,7 @@ def show_plan(console: Console, plan: PipelinePlan) -> None:
         console.say(
             f"  {step.number}. cut to {step.n_layers} layers ({human_count(step.n_parameters)}, "
             f"{human_bytes(step.size_bytes)}), heal with {step.tokens:,} tokens: about "
-            f"{human_bytes(step.memory_bytes)} of memory, {_spoken(step.seconds)} at this processor's full speed"
+            f"{human_bytes(step.memory_bytes)} of memory, {human_time(step.seconds)} at this processor's full speed"
         )
     console.say(
         f"  then {human_bytes(plan.final_bytes)} ({plan.final_bytes:,} bytes), compared with the original in "
@@ -201,12 +201,6 @@ def show_plan(console: Console, plan: PipelinePlan) -> None:
     console.say(
         f"  {human_bytes(plan.memory_bytes)} of memory at most ({free} free), {human_bytes(plan.disk_bytes)} of disk"
     )
-
-
-def _spoken(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def _show(console: Console, result: DownsizeResult) -> None:

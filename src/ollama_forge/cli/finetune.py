@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ollama_forge.cli.config_file import config_option
-from ollama_forge.cli.console import Console, human_bytes, human_count
+from ollama_forge.cli.console import Console, human_bytes, human_count, human_time
 from ollama_forge.cli.landing import landing_options
 from ollama_forge.cli.options import FiniteRange, modelfile_options
-from ollama_forge.cli.trainer_options import TrainerTalk, show_trained_elsewhere, trainer_options
+from ollama_forge.cli.trainer_options import TrainerTalk, report_option, show_trained_elsewhere, trainer_options
 from ollama_forge.errors import UsageError
+from ollama_forge.files import free_bytes
 
 if TYPE_CHECKING:
     from ollama_forge.jobs.finetune import FinetuneResult
     from ollama_forge.jobs.land_options import LandOptions
     from ollama_forge.jobs.trainer_job import TrainerOptions
+    from ollama_forge.jobs.training_disk import TrainingDisk
     from ollama_forge.jobs.training_plan import TrainingPlan
     from ollama_forge.store.modelfile import Modelfile
     from ollama_forge.train.options import StepReport
@@ -59,6 +61,8 @@ SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 @click.option("--early-stop", type=click.IntRange(0), default=0, help="Evaluations without progress before it ends.")
 @click.option("--checkpoint-every", type=click.IntRange(0), default=0, help="Optimizer steps (default: ten in a run).")
 @click.option("--no-checkpointing", is_flag=True, help="Keep activations: faster, and much more memory.")
+@click.option("--packing", is_flag=True, help="Several short examples in one row of --max-length tokens, kept apart.")
+@report_option
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --workdir.")
 @click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto", show_default=True)
 @click.option(
@@ -162,6 +166,8 @@ def loop_options(settings: dict[str, Any]) -> Any:
         checkpoint_every=settings["checkpoint_every"],
         checkpointing=not settings["no_checkpointing"],
         device=settings["device"],
+        packed_length=settings["max_length"] if settings.get("packing") else 0,
+        report_to=settings["report_to"],
     )
 
 
@@ -195,16 +201,37 @@ def _show_plan(console: Console, plan: TrainingPlan) -> None:
     console.say(
         f"{plan.base} ({plan.family}, {human_bytes(plan.base_bytes)}): {plan.n_examples} examples, "
         f"{plan.n_tokens:,} tokens an epoch, {plan.n_learnt_tokens:,} of them learnt"
+        + (f"; packed into {plan.n_rows} rows" if plan.n_rows < plan.n_examples else "")
     )
     console.say(
         f"{plan.steps} steps, {human_count(plan.n_trained_parameters)} trained numbers; {light} about "
         f"{human_bytes(plan.memory_bytes)} of memory, {free} free"
     )
+    say_disk_and_time(console, plan.disk, plan.seconds)
     if plan.is_sparing_for_nothing:
         console.say(
             f"All activations would fit too (about {human_bytes(plan.unspared_bytes)} of memory): with "
             "--no-checkpointing nothing is computed twice"
         )
+
+
+def say_disk_and_time(console: Console, disk: TrainingDisk, seconds: float | None) -> None:
+    """Two lines of a plan: what is written where, and how long it takes, where that can be known."""
+    parts = [f"{disk.n_checkpoints} x {human_bytes(disk.checkpoint_bytes)} of checkpoints"]
+    parts.append(f"{human_bytes(disk.result_bytes)} of results")
+    if disk.cache_bytes:
+        parts.append(f"{human_bytes(disk.cache_bytes)} of kept predictions")
+    if disk.landing_bytes:
+        parts.append(f"{human_bytes(disk.landing_bytes)} in the store")
+    console.say(
+        f"about {human_bytes(disk.total_bytes)} of disk ({', '.join(parts)}), "
+        f"{human_bytes(free_bytes(disk.folder))} free for {disk.folder}"
+    )
+    if seconds is None:
+        console.say("how long it takes, the first steps show: the pace of the card is not known before")
+    else:
+        spoken = human_time(max(1.0, seconds))
+        console.say(f"about {spoken} of computing on this processor; the first steps show it exactly")
 
 
 def show_finetuned(console: Console, result: FinetuneResult) -> None:

@@ -11,11 +11,22 @@ import click
 
 from ollama_forge.cli.console import Console, human_bytes
 from ollama_forge.cli.options import Command
+from ollama_forge.train.options import LOGGERS
 
 if TYPE_CHECKING:
     from ollama_forge.jobs.trainer_job import TrainerJob, TrainerResult
 
 TRAINERS = ("auto", "builtin", "llama.cpp", "axolotl", "unsloth")
+
+
+def report_option(function: Command) -> Command:
+    """`--report-to`; the command receives `report_to`, the names of loggers."""
+    return click.option(
+        "--report-to",
+        multiple=True,
+        type=click.Choice(tuple(LOGGERS)),
+        help="Tell a logger of every step: losses, learning rate, settings; repeatable (default: none).",
+    )(function)
 
 
 def trainer_options(function: Command) -> Command:

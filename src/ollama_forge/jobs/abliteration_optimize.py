@@ -7,13 +7,13 @@ What is picked is applied, asked before and after in full answers, and landed, a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ollama_forge.jobs.ablation_bench import TrialScore
 from ollama_forge.jobs.abliteration_result import require_free_name
-from ollama_forge.jobs.abliteration_run import AbliterationResult, Choice, finish
+from ollama_forge.jobs.abliteration_run import AbliterationResult, Choice, finish, plan_run
 from ollama_forge.jobs.abliteration_search import (
     OnTrial,
     SearchResult,
@@ -57,6 +57,7 @@ class OptimizeResult:
 
     Attributes:
         search: all trials and the front; None in a dry run.
+        plan: what would be done, in a dry run.
         untouched: the model as it is, on the same prompts.
         picked: what was picked.
         result: what became of the pick.
@@ -69,12 +70,14 @@ class OptimizeResult:
     picked: Trial | None = None
     result: AbliterationResult | None = None
     warnings: tuple[str, ...] = ()
+    plan: Mapping[str, Any] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
         """The JSON form."""
         search = self.search
         return {
             "model": self.model,
+            "plan": dict(self.plan),
             "study": str(self.study),
             "trials": len(search.trials) if search else 0,
             "resumed": search.is_resumed if search else False,
@@ -111,7 +114,8 @@ def optimize_ablation(
     require_free_name(work)
     study = request.work.folder / STUDY_FILE
     if options.dry_run:
-        return OptimizeResult(request.work.model, study, None, None, warnings=tuple(work.warnings))
+        plan = {**plan_run(work, is_written=request.pick is not None), "trials": request.n_trials, "pick": request.pick}
+        return OptimizeResult(request.work.model, study, None, None, warnings=tuple(work.warnings), plan=plan)
     work.folder.claim()
     search, untouched = _search(work, request, study, on_trial)
     if request.pick is None:

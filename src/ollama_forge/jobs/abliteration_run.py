@@ -248,8 +248,12 @@ def _parse_score(item: Mapping[str, Any]) -> TrialScore:
     return TrialScore(Tally(item["asked"], item["refused"], item["degenerate"]), item["first_kl"], item["kl"])
 
 
-def plan_run(work: AbliterationWork) -> dict[str, Any]:
-    """What would be done; nothing is loaded."""
+def plan_run(work: AbliterationWork, *, is_written: bool = True) -> dict[str, Any]:
+    """What would be done; nothing is loaded.
+
+    Args:
+        is_written: an edited model is made, too.
+    """
     request = work.request
     resolved = work.resolved
     paths = [resolved.gguf_path] if resolved.gguf_path else sorted((resolved.folder or Path()).glob("*.safetensors"))
@@ -257,7 +261,8 @@ def plan_run(work: AbliterationWork) -> dict[str, Any]:
     source_bytes = sum(path.stat().st_size for path in paths if path is not None)
     return {
         "source_bytes": source_bytes,
-        **_plan_sizes(work, source_bytes),
+        **_plan_sizes(work, source_bytes, is_written=is_written),
+        "seconds": None,  # answers end when the model ends them
         "output_dir": str(request.folder),
         "prompts": {
             name: {
@@ -273,7 +278,7 @@ def plan_run(work: AbliterationWork) -> dict[str, Any]:
     }
 
 
-def _plan_sizes(work: AbliterationWork, source_bytes: int) -> dict[str, int]:
+def _plan_sizes(work: AbliterationWork, source_bytes: int, *, is_written: bool) -> dict[str, int]:
     """Memory of the hungriest stage: the packed model and the states of its prompts. Disk: a converted folder, the
     edited model and the landed one, each about as large as the source.
     """
@@ -292,7 +297,8 @@ def _plan_sizes(work: AbliterationWork, source_bytes: int) -> dict[str, int]:
         )
         found = {"memory_bytes": plan.memory_bytes, "tokens": plan.tokens}
         scratch_bytes = plan.scratch_bytes
-    return {**found, "disk_bytes": scratch_bytes + source_bytes * (2 if request.name else 1)}
+    n_written = 0 if not is_written else 2 if request.name else 1
+    return {**found, "disk_bytes": scratch_bytes + source_bytes * n_written}
 
 
 def _missing(work: AbliterationWork, what: str, option: str) -> UsageError:

@@ -116,6 +116,7 @@ def distill(
         TrainingError: the vocabularies differ, a model cannot be trained, or training did nothing.
         DatasetError, TemplateError: data that cannot be used.
         ExistsError: the name or the working folder is taken.
+        DiskError: no room for checkpoints and results, before the work or in the middle of it.
         MissingExtraError: torch and its friends are not installed.
     """
     shares_blocks(writes_answers=bool(request.options.on_policy.share))
@@ -137,6 +138,8 @@ def _distill(
     with prepare_distillation(request, options) as prepared:
         if on_plan and is_first_process():
             on_plan(prepared.plan)
+        if is_first_process():
+            prepared.plan.disk.require()
         if options.dry_run:
             return DistillResult(prepared.plan, warnings=prepared.warnings)
         if is_first_process():
@@ -151,7 +154,7 @@ def _with_student(request: DistillRequest, options: LandOptions, stack: contextl
     student = request.student
     if is_first_process():
         require_free_name(student, options)
-    require_extra(student.loop.device)
+    require_extra(student.loop)
     data = find_data_files(student.data, student.include)
     text = next((path for path in data if path.suffix.lower() in DATA_SUFFIXES), None)
     path = request.folder / name_after("cut", request.teacher, request.cut, text)

@@ -19,7 +19,7 @@ from ollama_forge.dataset.examples import hash_examples
 from ollama_forge.dataset.render import RenderOptions
 from ollama_forge.dataset.tokenize import TokenizedDataset, tokenize_examples
 from ollama_forge.errors import DatasetError, DigestError, TrainingError, UsageError
-from ollama_forge.files import hash_file
+from ollama_forge.files import hash_file, is_same_disk
 from ollama_forge.gguf.reader import GGUFFile, open_gguf
 from ollama_forge.jobs.conversion import quantize_options
 from ollama_forge.jobs.finetune_setup import (
@@ -36,13 +36,13 @@ from ollama_forge.jobs.processes import is_first_process
 from ollama_forge.jobs.resolve import ResolvedModel, resolve
 from ollama_forge.jobs.run_folder import claim_folder
 from ollama_forge.jobs.teacher_answers import AskOptions
-from ollama_forge.jobs.training_plan import TrainingPlan
+from ollama_forge.jobs.training_disk import FLOAT_BYTES, TrainingDisk, checkpoint_bytes
+from ollama_forge.jobs.training_plan import TrainingPlan, training_seconds
 from ollama_forge.store.digest import parse_digest
 from ollama_forge.tokenizer.compare import match_vocabularies
 from ollama_forge.train.distill_options import DistillOptions, Divergence
 
 TEACHER_FOLDER = "teacher"
-_FLOAT_BYTES = 4
 _LEARNT_FLOATS = 4  # a number, its gradient, and Adam's two moments
 
 
@@ -93,7 +93,8 @@ class DistillPlan:
     Attributes:
         training: the student's; its memory is that of LoRA on packed weights.
         memory_bytes: of everything at once, on each process.
-        cache_bytes: disk that the teacher's predictions take; 0 where none are kept.
+        seconds: as the student's, with the teacher's reading.
+        disk: what is written, and where; its `cache_bytes` is what the teacher's predictions take.
         n_words: of the vocabulary that both share.
     """
 
@@ -101,7 +102,8 @@ class DistillPlan:
     teacher: str
     teacher_bytes: int
     memory_bytes: int
-    cache_bytes: int
+    seconds: float | None
+    disk: TrainingDisk
     n_words: int
     is_full: bool
 
@@ -117,7 +119,9 @@ class DistillPlan:
             "teacher": self.teacher,
             "teacher_bytes": self.teacher_bytes,
             "memory_bytes": self.memory_bytes,
-            "cache_bytes": self.cache_bytes,
+            "cache_bytes": self.disk.cache_bytes,
+            **self.disk.document(),
+            "seconds": None if self.seconds is None else round(self.seconds),
             "shared_words": self.n_words,
             "full": self.is_full,
             "light": self.light,
@@ -210,7 +214,7 @@ def check_models(request: DistillRequest, options: LandOptions) -> tuple[Resolve
     """
     if is_first_process():
         require_free_name(request.student, options)
-    require_extra(request.student.loop.device)
+    require_extra(request.student.loop)
     if request.quant is not None:
         quantize_options(request.quant)
     teacher = resolve(request.teacher, options.store_path)
@@ -247,13 +251,46 @@ def _plan(request: DistillRequest, run: PreparedRun, teacher: GGUFFile, n_words:
     memory = run.plan.memory_bytes + teacher.size_bytes
     if options.is_full:
         n_numbers = sum(_count(tensor.shape) for tensor in run.gguf.tensors.values())
-        memory += n_numbers * _FLOAT_BYTES * _LEARNT_FLOATS - run.plan.n_trained_parameters * _FLOAT_BYTES * 4
+        memory += n_numbers * FLOAT_BYTES * _LEARNT_FLOATS - run.plan.n_trained_parameters * FLOAT_BYTES * 4
     cache_bytes = 0
     if options.cached_words:
         learnt = run.train.n_learnt + (run.validation.n_learnt if run.validation else 0)
         cache_bytes = learnt * position_bytes(options.cached_words, n_words)
         memory -= teacher.size_bytes
-    return DistillPlan(run.plan, request.teacher, teacher.size_bytes, memory, cache_bytes, n_words, options.is_full)
+    disk = _plan_disk(request, run, cache_bytes)
+    seconds = training_seconds(run.gguf, run.train, run.loop, run.plan.steps, 3 if options.is_full else 2)
+    asking = training_seconds(teacher, run.train, replace(run.loop, checkpointing=False), run.plan.steps, 1)
+    return DistillPlan(
+        run.plan,
+        request.teacher,
+        teacher.size_bytes,
+        memory,
+        None if seconds is None or asking is None else seconds + asking,
+        disk,
+        n_words,
+        options.is_full,
+    )
+
+
+def _plan_disk(request: DistillRequest, run: PreparedRun, cache_bytes: int) -> TrainingDisk:
+    """The student's disk: with full training its weights and their optimizer; a merged model where it is quantized."""
+    disk = run.plan.disk
+    base_bytes = run.gguf.size_bytes
+    if request.options.is_full:
+        n_numbers = sum(_count(tensor.shape) for tensor in run.gguf.tensors.values())
+        disk = replace(
+            disk,
+            checkpoint_bytes=checkpoint_bytes(run.gguf, n_numbers),
+            result_bytes=disk.result_bytes - 2 * run.plan.n_trained_parameters * FLOAT_BYTES + base_bytes,
+        )
+    elif request.quant is not None:
+        disk = replace(disk, result_bytes=disk.result_bytes + base_bytes)
+    if disk.store is not None and (request.options.is_full or request.quant is not None):
+        is_linked = request.quant is None and is_same_disk(disk.store, disk.folder)
+        disk = replace(disk, landing_bytes=0 if is_linked else base_bytes)
+    if cache_bytes:
+        disk = replace(disk, cache_bytes=cache_bytes, cache=request.cache or request.folder / TEACHER_FOLDER)
+    return disk
 
 
 def position_bytes(n_kept: int, n_words: int) -> int:

@@ -110,7 +110,7 @@ def prepare(request: PipelineRequest, options: LandOptions) -> tuple[PipelinePla
     if request.quant is not None:
         quantize_options(request.quant)
     require_free_name(replace(training, skip_landing=False), options)
-    require_extra(request.loop.device)
+    require_extra(request.loop)
     if request.text is not None and not request.text.is_file():
         raise NotFoundError(f"There is no text {str(request.text)!r}", next="Check the path given to --text.")
     return plan_pipeline(request, model, count_tokens(request, model)), model

@@ -9,7 +9,6 @@ import bisect
 import contextlib
 import math
 import re
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from ollama_forge.gguf.writer import Field, TensorEntry, plan_layout
 from ollama_forge.jobs.conversion import quantize_options
 from ollama_forge.jobs.environment import available_memory_bytes
 from ollama_forge.jobs.resolve import ResolvedModel
+from ollama_forge.jobs.training_disk import products_per_second
 from ollama_forge.jobs.training_plan import RUNTIME_BYTES, WORKSPACE_BYTES
 from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.train.distill_options import DistillOptions
@@ -47,7 +47,6 @@ _COUNTS = {"B": 10**9, "M": 10**6, "K": 10**3}
 _BYTES = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _FULL_BYTES = 16  # float32: the number, its gradient, Adam's two moments
-_TRIAL_SIZE, _TRIALS = 384, 5
 
 
 @dataclass(frozen=True)
@@ -258,7 +257,7 @@ def plan_pipeline(request: PipelineRequest, model: ResolvedModel, n_tokens: int)
 
 def _plan(request: PipelineRequest, source: _Source, is_folder: bool, n_tokens: int) -> PipelinePlan:
     last = _final_layers(request, source)
-    rate = _products_per_second()
+    rate = products_per_second()
     steps = [
         _step(number, n_layers, request, source, n_tokens, rate)
         for number, n_layers in enumerate(_staircase(source, last), start=1)
@@ -366,14 +365,3 @@ def _lower(source: _Source, final_bytes: int) -> tuple[str, int]:
     """The largest quantization of the whole model that is not larger than the result, else the smallest."""
     found = [(name, source.size_bytes(source.n_layers, name)) for name in LOWER_TYPES]
     return next(((name, size) for name, size in found if size <= final_bytes), min(found, key=lambda item: item[1]))
-
-
-def _products_per_second() -> float:
-    """Operations of this processor's matrix products in float32, the fastest of a few that take a moment."""
-    one = np.ones((_TRIAL_SIZE, _TRIAL_SIZE), dtype=np.float32)
-    fastest = math.inf
-    for _ in range(_TRIALS):
-        began = time.perf_counter()
-        one @ one
-        fastest = min(fastest, time.perf_counter() - began)
-    return 2.0 * _TRIAL_SIZE**3 / max(fastest, 1e-9)

@@ -162,9 +162,14 @@ def available_memory_bytes() -> int | None:
     return total_memory_bytes()
 
 
-def _gpu() -> Finding:
+def count_gpus() -> int:
+    """NVIDIA cards that the system knows (Linux), without asking a program."""
     cards = Path("/proc/driver/nvidia/gpus")
-    count = len(list(cards.iterdir())) if cards.is_dir() else 0
+    return len(list(cards.iterdir())) if cards.is_dir() else 0
+
+
+def _gpu() -> Finding:
+    count = count_gpus()
     if count:
         return Finding("gpu", State.OK, f"{count} NVIDIA")
     return Finding("gpu", State.OPTIONAL, "no NVIDIA card seen; everything runs on the processor")

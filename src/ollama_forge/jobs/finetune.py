@@ -101,6 +101,7 @@ def finetune(
         UnsupportedError: processes that were started in a way that cannot work here.
         ExistsError: the name or the working folder is taken.
         UsageError: the device that was asked for is not here.
+        DiskError: no room for checkpoints and results, before the work or in the middle of it.
         MissingExtraError: torch and its friends are not installed.
     """
     shares_blocks()
@@ -108,10 +109,12 @@ def finetune(
         wait_for_first_process(request.folder / RUN_FILE)
     if is_first_process():
         require_free_name(request, options)
-    require_extra(request.loop.device)
+    require_extra(request.loop)
     with prepare_run(request, options) as prepared:
         if on_plan and is_first_process():
             on_plan(prepared.plan)
+        if is_first_process():
+            prepared.plan.disk.require()
         if options.dry_run:
             return FinetuneResult(prepared.plan, warnings=prepared.warnings)
         if is_first_process():

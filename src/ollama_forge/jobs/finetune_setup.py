@@ -7,29 +7,32 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from ollama_forge.dataset.chat_format import ChatFormat, chat_format_of
 from ollama_forge.dataset.examples import Example, hash_examples
+from ollama_forge.dataset.pack import pack_rows
 from ollama_forge.dataset.read import find_data_files
 from ollama_forge.dataset.render import RenderOptions
-from ollama_forge.dataset.tokenize import TokenizedDataset, split_examples, tokenize_examples
+from ollama_forge.dataset.tokenize import Tokenized, TokenizedDataset, split_examples, tokenize_examples
 from ollama_forge.dataset.validate import read_dataset
 from ollama_forge.errors import MissingExtraError, TrainingError, UnsupportedError
-from ollama_forge.files import hash_file, make_folder
+from ollama_forge.files import hash_file, is_same_disk, make_folder
 from ollama_forge.gguf.reader import GGUFFile, open_gguf
 from ollama_forge.jobs.conversion import ConvertOptions, convert_folder
 from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.resolve import ResolvedModel, resolve, resolve_gguf
 from ollama_forge.jobs.run_folder import claim_folder, name_after
+from ollama_forge.jobs.training_disk import FLOAT_BYTES, TrainingDisk
 from ollama_forge.jobs.training_plan import TrainingPlan, plan_training
 from ollama_forge.store.catalog import open_store
 from ollama_forge.store.discard import exists_error
 from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.store.name import parse_name, validate_writable
-from ollama_forge.train.options import LoopOptions, LoraOptions, settle
+from ollama_forge.train.options import LOGGERS, LoopOptions, LoraOptions, settle
 
 TRAIN_PACKAGES = ("torch", "transformers", "peft", "trl", "datasets")
 
@@ -94,8 +97,23 @@ class PreparedRun:
 
 @contextlib.contextmanager
 def prepare_run(request: FinetuneRequest, options: LandOptions) -> Iterator[PreparedRun]:
+    """Check all there is to check; a folder of Hugging Face becomes a GGUF, of a dry run in a place that goes away.
+
+    Raises:
+        TrainingError, UnsupportedError: a base that cannot be trained.
+        DatasetError, TemplateError: data that cannot be used.
+    """
+    with contextlib.ExitStack() as scratch:
+        place = request.folder
+        if options.dry_run:
+            place = Path(scratch.enter_context(tempfile.TemporaryDirectory(prefix="ollama-forge-")))
+        yield scratch.enter_context(_prepared(request, options, place))
+
+
+@contextlib.contextmanager
+def _prepared(request: FinetuneRequest, options: LandOptions, place: Path) -> Iterator[PreparedRun]:
     origin = resolve(request.base, options.store_path)
-    model = as_trainable(origin, request.folder, options)
+    model = as_trainable(origin, place, options)
     assert model.gguf_path is not None
     source = model.gguf_path if request.base_gguf is None else twin_of(model, request.base_gguf, options)
     dataset = read_dataset(find_data_files(request.data, request.include))
@@ -114,10 +132,51 @@ def prepare_run(request: FinetuneRequest, options: LandOptions) -> Iterator[Prep
             if held
             else None
         )
-        loop = settle(request.loop, len(train.rows))
+        _refuse_packing(gguf, request, [*train.rows, *(validation.rows if validation else ())])
+        loop = settle(request.loop, len(pack_rows(train.rows, request.loop.packed_length)))
         plan = plan_training(request.base, gguf, train, validation, request.lora, loop, request.folder)
+        plan = replace(plan, disk=_with_landing(plan, request, options, origin, model))
         warnings = _data_warnings(dataset.warnings, train, request)
         yield PreparedRun(origin, model, gguf, chat_format, examples, held, train, validation, loop, plan, warnings)
+
+
+def _refuse_packing(gguf: GGUFFile, request: FinetuneRequest, rows: Sequence[Tokenized]) -> None:
+    """Refuse to pack where an example would be read otherwise than alone.
+
+    Raises:
+        UnsupportedError: rotary factors that change with the longest position in a row, and an example that is so long.
+    """
+    limit = gguf.arch_value("rope.scaling.original_context_length", 0)
+    longest = max(len(row.input_ids) for row in rows)
+    if request.loop.packed_length and "rope_factors_long.weight" in gguf.tensors and longest > limit:
+        raise UnsupportedError(
+            f"Examples for {request.base!r} ({gguf.architecture}) cannot be packed: one has {longest:,} tokens",
+            why=f"Beyond {limit:,} tokens this model turns its positions by other factors, and short examples in the "
+            "same row would be turned by them, too.",
+            next=f"Leave --packing out, or keep examples short: --max-length {limit}",
+        )
+
+
+def _with_landing(
+    plan: TrainingPlan, request: FinetuneRequest, options: LandOptions, origin: ResolvedModel, model: ResolvedModel
+) -> TrainingDisk:
+    """What landing adds: an adapter layer, and of the base what the store does not have and cannot share."""
+    disk = plan.disk
+    assert model.gguf_path is not None
+    base, base_bytes = model.gguf_path, model.gguf_path.stat().st_size
+    if origin.folder is not None:
+        base = disk.folder
+        if options.dry_run:
+            disk = replace(disk, result_bytes=disk.result_bytes + base_bytes)  # it is not converted yet
+    if request.skip_landing or options.server is not None:
+        return disk
+    store = open_store(options.store_path).models_dir
+    if request.merge:
+        return replace(disk, store=store, landing_bytes=base_bytes)
+    added = 0 if is_same_disk(store, disk.folder) else plan.n_trained_parameters * FLOAT_BYTES
+    if model.installed is None and not is_same_disk(store, base):
+        added += base_bytes
+    return replace(disk, store=store, landing_bytes=added)
 
 
 def as_trainable(model: ResolvedModel, folder: Path, options: LandOptions) -> ResolvedModel:
@@ -202,20 +261,27 @@ def missing_train_packages() -> list[str]:
     return [name for name in TRAIN_PACKAGES if not importlib.util.find_spec(name)]
 
 
-def require_extra(device: str = "auto") -> None:
-    """What training needs of this machine.
+def require_extra(loop: LoopOptions | None = None) -> None:
+    """Refuse what this machine or the packages on it cannot do.
 
     Raises:
-        MissingExtraError: packages are not installed.
+        MissingExtraError: training's extra, or the package of a logger, is not installed.
         UsageError: the device that was asked for is not here.
     """
+    for name in loop.report_to if loop else ():
+        packages = LOGGERS[name]
+        if not any(map(importlib.util.find_spec, packages)):
+            raise MissingExtraError(
+                f"--report-to {name} needs the package {packages[0]}, which is not installed",
+                next=f"pip install {packages[0]}   (or leave --report-to out)",
+            )
     missing = missing_train_packages()
     if missing:
         raise MissingExtraError(f"Training needs {', '.join(missing)}", next="pip install 'ollama-forge[train]'")
-    if device == "cuda":
+    if loop is not None and loop.device == "cuda":
         from ollama_forge.train.device import require_device
 
-        require_device(device)
+        require_device(loop.device)
 
 
 def claim_run(request: FinetuneRequest, prepared: PreparedRun) -> None:

@@ -178,7 +178,7 @@ def _training(
             name=landing.name,
             folder=folder,
             lora=_lora_options(plain["lora"]),
-            loop=LoopOptions(**plain["loop"]),
+            loop=LoopOptions(**{**plain["loop"], "report_to": ()}),
             changes=changes,
             base_gguf=next(iter(_paths(landing, TWIN)), None),
             **{key: plain[key] for key in RECORDED_SETTINGS},

@@ -82,7 +82,7 @@ def distill_text(
     student = request.student
     if is_first_process():
         require_free_name(student, options)
-    require_extra(student.loop.device)
+    require_extra(student.loop)
     base = resolve(student.base, options.store_path)
     teacher = _find_teacher(request, options)
     questions = read_questions(student.data, student.include)

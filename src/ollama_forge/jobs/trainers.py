@@ -111,6 +111,17 @@ def _train_builtin(
     return result
 
 
+def _refuse_ours(name: str, request: FinetuneRequest) -> None:
+    """What only the built-in trainer does is not left out in silence."""
+    asked = {"--packing": bool(request.loop.packed_length), "--report-to": bool(request.loop.report_to)}
+    for option in (option for option, is_asked in asked.items() if is_asked):
+        raise UsageError(
+            f"{option} is for the built-in trainer, not for {name}",
+            why="Other trainers have settings of their own for it.",
+            next="Leave it out, or add --trainer builtin.",
+        )
+
+
 def _refuse_adapter_folder(folder: Path, *, overwrite: bool) -> None:
     """Now, rather than after hours of training."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -132,6 +143,7 @@ def _train_outside(
     output: Output,
     on_command: Callable[[TrainerJob], None] | None,
 ) -> TrainerResult:
+    _refuse_ours(name, request)
     require_free_name(request, options)
     program = require_finetune() if name == "llama.cpp" else None
     if options.dry_run:

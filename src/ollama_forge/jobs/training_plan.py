@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ollama_forge.arch.families import find_family_by_gguf
+from ollama_forge.dataset.pack import pack_rows
 from ollama_forge.dataset.tokenize import TokenizedDataset
 from ollama_forge.gguf.reader import GGUFFile
-from ollama_forge.jobs.environment import available_memory_bytes, fit_light
+from ollama_forge.jobs.environment import available_memory_bytes, count_gpus, fit_light
+from ollama_forge.jobs.training_disk import TrainingDisk, estimate_seconds, plan_disk
 from ollama_forge.train.options import ACTIVATION_ROOM_BYTES, LoopOptions, LoraOptions, plan_steps
 from ollama_forge.train.targets import count_targets
 
@@ -28,9 +30,12 @@ class TrainingPlan:
     """The sums of a run.
 
     Attributes:
+        n_rows: that the examples make: fewer where several share one.
         light: `green` (fits with room), `yellow` (just fits), `red` (does not), `unknown`.
         n_trained_parameters: numbers in the LoRA matrices.
         n_experts_left: matrices of experts that get no LoRA matrices.
+        disk: what is written, and where.
+        seconds: on this processor, about; None where a card does the work, whose pace only the first steps show.
         unspared_bytes: the memory if every block kept its activations; the same as `memory_bytes` where all do.
     """
 
@@ -38,6 +43,7 @@ class TrainingPlan:
     family: str
     base_bytes: int
     n_examples: int
+    n_rows: int
     n_validation: int
     n_tokens: int
     n_learnt_tokens: int
@@ -49,7 +55,12 @@ class TrainingPlan:
     memory_bytes: int
     unspared_bytes: int
     available_bytes: int | None
-    folder: Path
+    disk: TrainingDisk
+    seconds: float | None
+
+    @property
+    def folder(self) -> Path:
+        return self.disk.folder
 
     @property
     def light(self) -> str:
@@ -89,6 +100,7 @@ class TrainingPlan:
             "family": self.family,
             "base_bytes": self.base_bytes,
             "examples": self.n_examples,
+            "rows": self.n_rows,
             "validation_examples": self.n_validation,
             "tokens": self.n_tokens,
             "learnt_tokens": self.n_learnt_tokens,
@@ -100,6 +112,8 @@ class TrainingPlan:
             "memory_bytes": self.memory_bytes,
             "unspared_memory_bytes": self.unspared_bytes,
             "available_bytes": self.available_bytes,
+            **self.disk.document(),
+            "seconds": None if self.seconds is None else round(self.seconds),
             "light": self.light,
             "workdir": str(self.folder),
         }
@@ -120,29 +134,49 @@ def plan_training(
         TrainingError: a target that the model does not have.
     """
     targets = count_targets(gguf, lora)
-    length = max((len(row.input_ids) for row in train.rows), default=1)
+    packs = pack_rows(train.rows, loop.packed_length)
+    length = max((sum(len(row.input_ids) for row in pack) for pack in packs), default=1)
 
     def memory(checkpointing: bool) -> int:
         return sum(training_memory(gguf, lora, length * loop.batch_size, checkpointing).values())
 
+    steps = plan_steps(len(packs), loop)
     return TrainingPlan(
         base=base,
         family=find_family_by_gguf(gguf.architecture).name,
         base_bytes=gguf.size_bytes,
         n_examples=len(train.rows),
+        n_rows=len(packs),
         n_validation=len(validation.rows) if validation else 0,
         n_tokens=train.n_tokens,
         n_learnt_tokens=train.n_learnt,
         n_truncated=train.n_truncated,
         longest=train.longest,
-        steps=plan_steps(len(train.rows), loop),
+        steps=steps,
         n_trained_parameters=targets.n_parameters,
         n_experts_left=targets.n_experts_left,
         memory_bytes=memory(loop.checkpointing),
         unspared_bytes=memory(False),
         available_bytes=available_memory_bytes(),
-        folder=folder,
+        disk=plan_disk(gguf, targets.n_parameters, loop, steps, folder),
+        seconds=training_seconds(gguf, train, loop, steps, 2),
     )
+
+
+def training_seconds(
+    gguf: GGUFFile, train: TokenizedDataset, loop: LoopOptions, steps: int, passes: float
+) -> float | None:
+    """How long the processor trains, about; None where a card may do it.
+
+    Args:
+        passes: over the weights for each token, beside the one that recomputing activations takes: 2 with LoRA, one
+            forward and one backward.
+    """
+    if count_gpus() and loop.device != "cpu":
+        return None
+    n_rows = max(1, len(pack_rows(train.rows, loop.packed_length)))
+    seen = min(n_rows * loop.epochs, steps * loop.batch_size * loop.grad_accum)
+    return estimate_seconds(gguf, seen * train.n_tokens / n_rows, passes + (1 if loop.checkpointing else 0))
 
 
 def training_memory(gguf: GGUFFile, lora: LoraOptions, n_positions: int, checkpointing: bool = True) -> dict[str, int]:

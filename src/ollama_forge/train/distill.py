@@ -39,7 +39,14 @@ from ollama_forge.train.distill_options import DistillLoss, DistillOptions, Trai
 from ollama_forge.train.finetune import add_adapter, require_finite, require_labels
 from ollama_forge.train.full import plan_write_back, unpack_weights, write_back
 from ollama_forge.train.load import PackedModel
-from ollama_forge.train.loop import GracefulInterrupt, Recorder, find_checkpoint, interrupted, loop_settings
+from ollama_forge.train.loop import (
+    GracefulInterrupt,
+    Recorder,
+    checkpoints_kept,
+    find_checkpoint,
+    interrupted,
+    loop_settings,
+)
 from ollama_forge.train.loss import Head, install_chunked_loss, scales_logits
 from ollama_forge.train.options import LoopOptions, LoraOptions, LossPoint, Watch, plan_steps, settle
 from ollama_forge.train.recompute import spare_last_blocks
@@ -92,6 +99,7 @@ def distil_student(
             or there is nothing to train on.
         UnsupportedError: full training of a file whose types cannot be written again.
         InterruptedRunError: Ctrl-C; a checkpoint was written.
+        DiskError: the disk is full; the last complete checkpoint is there.
     """
     started = time.monotonic()
     require_labels(rows.train)
@@ -113,14 +121,15 @@ def distil_student(
         require_finite(before.cross_entropy, f"the student {base!r}")
         require_finite(before.divergence, "the teacher")
         checkpoint = find_checkpoint(folder) if resume else None
-        with GracefulInterrupt(recorder):
+        with checkpoints_kept(folder), GracefulInterrupt(recorder):
             trainer.run(checkpoint, total_steps)
         if recorder.is_interrupted:
             raise interrupted(trainer.state.global_step, total_steps, folder)
         after = judge(trained, teacher, judged)
     warnings = _prove_learning(trained, before, after, options)
     if trainer.is_world_process_zero():
-        _write_result(student, trained, folder, base, options)
+        with checkpoints_kept(folder):
+            _write_result(student, trained, folder, base, options)
     history = trainer.state.log_history
     return TrainedStudent(
         adapter=None if options.is_full else folder / RESULT_FOLDER,

@@ -26,9 +26,17 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from ollama_forge.dataset.pack import pack_rows
 from ollama_forge.dataset.tokenize import Tokenized
 from ollama_forge.errors import TrainingError
-from ollama_forge.train.loop import GracefulInterrupt, Recorder, find_checkpoint, interrupted, loop_settings
+from ollama_forge.train.loop import (
+    GracefulInterrupt,
+    Recorder,
+    checkpoints_kept,
+    find_checkpoint,
+    interrupted,
+    loop_settings,
+)
 from ollama_forge.train.lora import use_packed_lora
 from ollama_forge.train.loss import install_chunked_loss
 from ollama_forge.train.options import (
@@ -75,29 +83,32 @@ def train_adapter(
         TrainingError: the base's weights are not finite, nothing was learnt, the loss is not a number, or there is
             nothing to train on.
         InterruptedRunError: Ctrl-C; a checkpoint was written.
+        DiskError: the disk is full; the last complete checkpoint is there.
     """
     started = time.monotonic()
     require_labels(train)
-    loop = settle(loop, len(train))
+    packs = pack_rows(train, loop.packed_length)
+    loop = settle(loop, len(packs))
     set_seed(loop.seed)
     install_chunked_loss(model)
     judged = list(validation or train)[:_BASE_LOSS_EXAMPLES]
     adapted = add_adapter(model, lora)
     if not is_shared:
         spare_last_blocks(model)
-    total_steps = plan_steps(len(train), loop, int(os.environ.get("WORLD_SIZE", "1")))
+    total_steps = plan_steps(len(packs), loop, int(os.environ.get("WORLD_SIZE", "1")))
     recorder = Recorder(watch, sum(len(row.input_ids) for row in train) * loop.epochs)
     settings = SFTConfig(
         **loop_settings(loop, folder, total_steps, has_validation=bool(validation)),
         max_length=None,
+        packing=bool(loop.packed_length),  # rows come packed; this makes TRL keep the examples in them apart
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     with sharing_blocks([model] if is_shared else [], settings.device):
         trainer = SFTTrainer(
             model=adapted,
             args=settings,
-            train_dataset=_as_dataset(train),
-            eval_dataset=_as_dataset(validation) if validation else None,
+            train_dataset=as_dataset(packs),
+            eval_dataset=as_dataset(pack_rows(validation, 0)) if validation else None,
             processing_class=tokenizer,
             callbacks=[recorder, *([EarlyStoppingCallback(loop.early_stop)] if loop.early_stop and validation else [])],
         )
@@ -106,7 +117,7 @@ def train_adapter(
         base_loss = mean_loss(adapted, judged)  # B is zero still
         require_finite(base_loss, f"the base {base!r}")
         checkpoint = find_checkpoint(folder) if resume else None
-        with GracefulInterrupt(recorder):
+        with checkpoints_kept(folder), GracefulInterrupt(recorder):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if recorder.is_interrupted:
             raise interrupted(trainer.state.global_step, total_steps, folder)
@@ -116,7 +127,8 @@ def train_adapter(
     if trainer.is_world_process_zero():
         # Named only now: with a name, peft would look for the base on the Hub at every checkpoint.
         adapted.peft_config["default"].base_model_name_or_path = base
-        adapted.save_pretrained(str(result), safe_serialization=True, save_embedding_layers=False)
+        with checkpoints_kept(folder):
+            adapted.save_pretrained(str(result), safe_serialization=True, save_embedding_layers=False)
     history = trainer.state.log_history
     return adapted, TrainedAdapter(
         folder=result,
@@ -228,7 +240,12 @@ def _prove_learning(model: PeftModel, base_loss: float, final_loss: float) -> tu
     return ()
 
 
-def _as_dataset(rows: Sequence[Tokenized]) -> Dataset:
+def as_dataset(packs: Sequence[Sequence[Tokenized]]) -> Dataset:
+    """A row for each pack; `seq_lengths` is what TRL's collator restarts positions by, and it masks first tokens."""
     return Dataset.from_dict(
-        {"input_ids": [list(row.input_ids) for row in rows], "labels": [list(row.labels) for row in rows]}
+        {
+            "input_ids": [[token for row in pack for token in row.input_ids] for pack in packs],
+            "labels": [[label for row in pack for label in row.labels] for pack in packs],
+            "seq_lengths": [[len(row.input_ids) for row in pack] for pack in packs],
+        }
     )

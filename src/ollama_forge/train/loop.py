@@ -6,20 +6,25 @@ checkpoint that was written to its end. What is learnt, and from what, is `finet
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import shutil
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 
-from ollama_forge.errors import InterruptedRunError
-from ollama_forge.files import write_bytes
+from ollama_forge.errors import DiskError, InterruptedRunError
+from ollama_forge.files import disk_error, write_bytes
 from ollama_forge.train.device import require_device
-from ollama_forge.train.options import LoopOptions, StepReport, Watch
+from ollama_forge.train.options import KEPT_CHECKPOINTS, LoopOptions, StepReport, Watch, checkpoint_interval
 
 COMPLETE_MARK = "complete.json"
 
@@ -28,6 +33,52 @@ def find_checkpoint(folder: Path) -> Path | None:
     """The last checkpoint that was written to its end."""
     complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE_MARK}")]
     return max(complete, key=lambda path: int(path.name.rsplit("-", 1)[-1]), default=None)
+
+
+@contextlib.contextmanager
+def checkpoints_kept(folder: Path) -> Iterator[None]:
+    """Around all that a run writes: a disk that is full ends it in words, and the last complete checkpoint stays.
+
+    What was begun and not completed is removed, so that its room is there for the next try.
+
+    Raises:
+        DiskError: the disk is full.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as exc:
+        if not _is_full_disk(exc):
+            raise
+        _remove_begun(folder)
+        raise _full_disk(folder) from exc
+    except DiskError as exc:
+        if not isinstance(exc.__cause__, OSError) or not _is_full_disk(exc.__cause__):
+            raise
+        _remove_begun(folder)
+        raise _full_disk(folder) from exc
+
+
+def _is_full_disk(error: Exception) -> bool:
+    """Whether a writer met a full disk: the system's own error, safetensors' text of it, or that torch's archive came
+    out shorter than what was written into it (it drops the number of the error)."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    marks = ("os error 28", "os error 122", "PytorchStreamWriter", "inline_container.cc")
+    return any(mark in str(error) for mark in marks)
+
+
+def _full_disk(folder: Path) -> DiskError:
+    checkpoint = find_checkpoint(folder)
+    error = disk_error(OSError(errno.ENOSPC, ""), folder, "go on writing in")
+    error.why = f"The last complete checkpoint is {str(checkpoint)!r}." if checkpoint else "No checkpoint is complete."
+    error.next = "Free some space, then run the same command again with --resume."
+    return error
+
+
+def _remove_begun(folder: Path) -> None:
+    for checkpoint in folder.glob("checkpoint-*"):
+        if not (checkpoint / COMPLETE_MARK).exists():
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def interrupted(step: int, total_steps: int, folder: Path) -> InterruptedRunError:
@@ -46,7 +97,7 @@ def loop_settings(loop: LoopOptions, folder: Path, total_steps: int, *, has_vali
         UsageError: CUDA was asked for and is not here.
     """
     require_device(loop.device)
-    every = loop.checkpoint_every or max(1, total_steps // 10)
+    every = checkpoint_interval(loop, total_steps)
     use_cuda = torch.cuda.is_available() and loop.device != "cpu"
     return {
         "output_dir": str(folder),
@@ -65,7 +116,7 @@ def loop_settings(loop: LoopOptions, folder: Path, total_steps: int, *, has_vali
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
         "save_steps": every,
-        "save_total_limit": 2,
+        "save_total_limit": KEPT_CHECKPOINTS,
         "eval_strategy": "steps" if has_validation else "no",
         "eval_steps": every,
         "eval_on_start": has_validation,
@@ -77,7 +128,8 @@ def loop_settings(loop: LoopOptions, folder: Path, total_steps: int, *, has_vali
         "bf16": use_cuda and torch.cuda.is_bf16_supported(),
         "disable_tqdm": True,
         "log_level": "error",
-        "report_to": "none",
+        "report_to": list(loop.report_to) or "none",
+        "run_name": folder.name,
         "dataloader_pin_memory": use_cuda,
         "remove_unused_columns": False,
     }

@@ -16,6 +16,26 @@ ACTIVATION_ROOM_BYTES = 350_000_000
 are not computed a second time (`train.recompute`)."""
 
 
+KEPT_CHECKPOINTS = 2
+"""Complete checkpoints that a run keeps; while a third is written there are three."""
+
+
+LOGGERS = {
+    "clearml": ("clearml",),
+    "codecarbon": ("codecarbon",),
+    "comet_ml": ("comet_ml",),
+    "dvclive": ("dvclive",),
+    "mlflow": ("mlflow",),
+    "neptune": ("neptune",),
+    "swanlab": ("swanlab",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
+"""What transformers reports to, each with the packages of which it needs one; those that need a cluster, a workspace or
+a second logger are not among them."""
+
+
 @dataclass(frozen=True)
 class LossPoint:
     """A loss (nats per token) after a number of optimizer steps."""
@@ -52,6 +72,8 @@ class LoopOptions:
         checkpoint_every: optimizer steps; 0: about ten in a run.
         checkpointing: recompute activations in backward instead of keeping them.
         device: `auto`, `cpu` or `cuda`.
+        packed_length: tokens of a row that several examples share, none of which sees another; 0: one example a row.
+        report_to: loggers of `LOGGERS` that are told of every step.
     """
 
     epochs: float = 3.0
@@ -67,6 +89,8 @@ class LoopOptions:
     checkpoint_every: int = 0
     checkpointing: bool = True
     device: str = "auto"
+    packed_length: int = 0
+    report_to: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,16 +129,21 @@ class TrainedAdapter:
 Watch = Callable[[StepReport], None]
 
 
-def settle(loop: LoopOptions, n_examples: int) -> LoopOptions:
+def settle(loop: LoopOptions, n_rows: int) -> LoopOptions:
     """`loop` with nothing left to choose."""
     if loop.grad_accum:
         return loop
-    return replace(loop, grad_accum=min(8, max(1, n_examples // (10 * loop.batch_size))))
+    return replace(loop, grad_accum=min(8, max(1, n_rows // (10 * loop.batch_size))))
 
 
-def plan_steps(n_examples: int, loop: LoopOptions, n_processes: int = 1) -> int:
+def checkpoint_interval(loop: LoopOptions, total_steps: int) -> int:
+    """Optimizer steps between two checkpoints."""
+    return loop.checkpoint_every or max(1, total_steps // 10)
+
+
+def plan_steps(n_rows: int, loop: LoopOptions, n_processes: int = 1) -> int:
     """Optimizer steps of a run; at least one."""
-    loop = settle(loop, n_examples)
-    per_epoch = max(1, math.ceil(n_examples / (loop.batch_size * loop.grad_accum * n_processes)))
+    loop = settle(loop, n_rows)
+    per_epoch = max(1, math.ceil(n_rows / (loop.batch_size * loop.grad_accum * n_processes)))
     steps = max(1, math.ceil(per_epoch * loop.epochs))
     return min(steps, loop.max_steps) if loop.max_steps else steps
