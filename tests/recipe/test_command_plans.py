@@ -112,12 +112,13 @@ def test_a_base_that_was_replaced_stops_a_plan(place: Path, tmp_path: Path) -> N
     assert ended.code == 1 and ended.document["error"]["why"].startswith("base: ")
 
 
-def test_a_finetune_is_planned_with_its_memory(place: Path, tmp_path: Path) -> None:
+def test_a_finetune_is_planned_with_its_memory_and_disk(place: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     words = ("finetune", "--data", "train.jsonl", "--base", "base", "--name", "n", "--max-steps", "1", *S)
     plan = forge_json("plan", *words, "-o", tmp_path / "plan.json")
     (step,) = plan["steps"]
-    assert step["estimate"]["memory_bytes"] == step["dry_run"]["plan"]["memory_bytes"]
+    for key in ("memory_bytes", "disk_bytes"):
+        assert step["estimate"][key] == step["dry_run"]["plan"][key] > 0
     assert {item["ref"] for item in plan["inputs"]} == {"base", "train.jsonl"} and plan["file"]
 
 

@@ -105,7 +105,7 @@ def _make(console: Console, name: str, rest: list[str]) -> CommandPlan:
     step = PlannedCommand(
         command=words[0],
         arguments=tuple(words[1:]),
-        estimate=estimate_command(words[0], document, params),
+        estimate=estimate_command(words[0], document),
         dry_run=without_times(document),
     )
     return CommandPlan(steps=(step,), inputs=inputs)

@@ -13,24 +13,21 @@ from ollama_forge.recipe.estimate import (
     NETWORK_BYTES_PER_SECOND,
     QUANTIZED_BYTES_PER_SECOND_AND_CORE,
     STREAMING_BYTES,
-    training_seconds,
 )
 
 _CHECK_SECONDS = 3.0
-_MOST_GRAD_ACCUM = 8  # what finetune chooses at most, when nobody says
 
 
-def estimate_command(command: str, document: Mapping[str, Any], params: Mapping[str, Any]) -> CommandEstimate:
+def estimate_command(command: str, document: Mapping[str, Any]) -> CommandEstimate:
     """What a command takes; None for what its dry run does not tell.
 
     Args:
         document: what its dry run said.
-        params: its arguments.
     """
     if command == "build":
         return _build(document)
     if command in ("finetune", "train-run"):
-        return _finetune(document, params)
+        return _finetune(document)
     if command in ("quantize", "convert", "merge") and "bytes" in document:
         return _file(document)
     return _landing(document)
@@ -46,18 +43,10 @@ def _build(document: Mapping[str, Any]) -> CommandEstimate:
     )
 
 
-def _finetune(document: Mapping[str, Any], params: Mapping[str, Any]) -> CommandEstimate:
+def _finetune(document: Mapping[str, Any]) -> CommandEstimate:
     plan = document.get("plan") or {}
-    if not plan:
-        return CommandEstimate()
-    tokens = plan["tokens"] * float(params.get("epochs") or 1)
-    if params.get("max_steps"):
-        rows = params["max_steps"] * params["batch_size"] * (params.get("grad_accum") or _MOST_GRAD_ACCUM)
-        tokens = min(tokens, rows * plan["tokens"] / max(1, plan["examples"]))
     return CommandEstimate(
-        disk_bytes=plan["trained_parameters"] * 4 * 4,  # the adapter, its GGUF, and checkpoints with their optimizer
-        memory_bytes=plan["memory_bytes"],
-        seconds=round(training_seconds(plan["base_bytes"], tokens), 1),
+        disk_bytes=plan.get("disk_bytes"), memory_bytes=plan.get("memory_bytes"), seconds=plan.get("seconds")
     )
 
 
