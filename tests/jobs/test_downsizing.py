@@ -107,6 +107,20 @@ def kill_when(argv: list[str], is_reached: Callable[[], bool]) -> None:
             child.send_signal(signal.SIGKILL)
 
 
+def test_ctrl_c_while_it_heals_says_that_the_same_command_goes_on(here: Path, tmp_path: Path) -> None:
+    argv = words(here, tmp_path, "--target", "75%", "--max-length", "64", "--max-steps", "400", "--batch-size", "4")
+    command = [sys.executable, "-m", "ollama_forge", *argv]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
+        deadline = time.monotonic() + 300
+        while not any(tmp_path.glob("work/heal-1/checkpoint-*/complete.json")):
+            assert child.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=300)
+    assert child.returncode == 130 and "Traceback" not in err
+    assert "Run the same command again" in err and "--resume" not in err
+
+
 def test_lora_healing_of_a_folder_in_two_steps_through_a_cache(here: Path, tmp_path: Path) -> None:
     more = ("--target", "45%", "--cache", "--max-steps", "2", "--batch-size", "4", "--max-length", "64", "--no-check")
     argv = words(here, tmp_path, *more)

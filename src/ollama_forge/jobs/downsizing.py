@@ -18,7 +18,7 @@ from ollama_forge.dataset.read import find_data_files
 from ollama_forge.dataset.render import RenderOptions
 from ollama_forge.dataset.tokenize import tokenize_examples
 from ollama_forge.dataset.validate import read_dataset
-from ollama_forge.errors import ExistsError, NotFoundError
+from ollama_forge.errors import ExistsError, InterruptedRunError, NotFoundError
 from ollama_forge.files import make_folder, write_bytes
 from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.jobs.calibration import DATA_SUFFIXES, CalibrationOptions
@@ -92,6 +92,7 @@ def downsize(
     Raises:
         UsageError: a goal that cannot be met.
         ExistsError: the name is taken, or the working folder holds another job.
+        InterruptedRunError: Ctrl-C while it heals; the same request goes on.
         As the jobs of the single steps.
     """
     plan, model = prepare(request, options)
@@ -247,7 +248,10 @@ class _Pipeline:
         training = replace(_training(self.request, str(pruned), folder), resume=(folder / RUN_FILE).exists())
         cache = self.request.folder / "teacher"
         healing = DistillRequest(training, str(original), self.request.distill, cache=cache)
-        done = distill(healing, self.options, watch=self.watch)
+        try:
+            done = distill(healing, self.options, watch=self.watch)
+        except InterruptedRunError as exc:
+            raise InterruptedRunError(exc.what, why=exc.why, next="Run the same command again to go on.") from exc
         self._settle(done, pruned, folder, path)
         return path
 
