@@ -19,6 +19,7 @@ import click
 import learnt_model as world
 import pytest
 from command import DEMO_MODEL, forge, forge_json, tree_hash
+from tiny_models import build_model
 
 from ollama_forge.cli import root
 from ollama_forge.jobs.downsizing_plan import LOWER_TYPES, parse_goal
@@ -131,6 +132,18 @@ def test_lora_healing_of_a_folder_in_two_steps_through_a_cache(here: Path, tmp_p
     assert (tmp_path / "work" / "step-2-healed.gguf").stat().st_size < 0.5 * (here / "whole.gguf").stat().st_size
     other = forge(*argv, "--rank", "4", "--name", "other")
     assert other.code == 1 and "another downsizing" in other.err and f"rm -r {tmp_path / 'work'}" in other.err
+
+
+def test_what_a_healing_warns_of_is_in_the_result(tmp_path: Path) -> None:
+    build_model("qwen3_moe", tmp_path / "moe")
+    talk = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(talk) + "\n")
+    result = forge_json(
+        *("downsize", "pipeline", tmp_path / "moe", "--target", "80%", "--data", tmp_path / "data.jsonl"),
+        *("--name", "moe", "--store", tmp_path / "store", "--workdir", tmp_path / "work", "--no-check"),
+        *("--max-steps", "1", "--lr", "1e-2"),
+    )
+    assert [text for text in result["warnings"] if "12 matrices of experts are not trained" in text]
 
 
 def test_a_dry_run_prints_steps_with_memory_disk_and_time(here: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,7 @@ class DownsizeResult:
     Attributes:
         rows: original, pruned, healed, result, lower quantization, as measured.
         verdict: one sentence about which is the better choice.
+        warnings: what the healings told, each once.
     """
 
     plan: PipelinePlan
@@ -155,6 +156,7 @@ class _Pipeline:
     model: ResolvedModel
     say: OnStep
     watch: Watch | None
+    warnings: list[str] = field(default_factory=list)
 
     def run(self) -> DownsizeResult:
         request = self.request
@@ -183,7 +185,8 @@ class _Pipeline:
             layers=[step.n_layers for step in self.plan.steps], loop=asdict(request.loop),
         ):  # fmt: skip
             landed = land_gguf(result, request.name, inherited(self.model, request.changes), self.options)
-        return DownsizeResult(self.plan, result, rows, verdict, landed, report)
+        warnings = tuple(dict.fromkeys(self.warnings))
+        return DownsizeResult(self.plan, result, rows, verdict, landed, report, warnings)
 
     def _claim(self) -> None:
         request = self.request
@@ -252,6 +255,7 @@ class _Pipeline:
             done = distill(healing, self.options, watch=self.watch)
         except InterruptedRunError as exc:
             raise InterruptedRunError(exc.what, why=exc.why, next="Run the same command again to go on.") from exc
+        self.warnings += done.warnings
         self._settle(done, pruned, folder, path)
         return path
 
