@@ -20,6 +20,7 @@ import click
 import learnt_model as world
 import pytest
 from command import DEMO_MODEL, forge, forge_json, tree_hash
+from tiny_models import build_model
 from tiny_store import snapshot
 
 from ollama_forge.cli import root
@@ -161,6 +162,20 @@ def kill_when(argv: list[str], is_reached: Callable[[], bool]) -> None:
             child.send_signal(signal.SIGKILL)
 
 
+def test_ctrl_c_while_it_heals_says_that_the_same_command_goes_on(here: Path, tmp_path: Path) -> None:
+    argv = words(here, tmp_path, "--target", "75%", "--max-length", "64", "--max-steps", "400", "--batch-size", "4")
+    command = [sys.executable, "-m", "ollama_forge", *argv]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
+        deadline = time.monotonic() + 300
+        while not any(tmp_path.glob("work/heal-1/checkpoint-*/complete.json")):
+            assert child.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=300)
+    assert child.returncode == 130 and "Traceback" not in err
+    assert "Run the same command again" in err and "--resume" not in err
+
+
 def test_lora_healing_of_a_folder_in_two_steps_through_a_cache(here: Path, tmp_path: Path) -> None:
     more = ("--target", "45%", "--cache", "--max-steps", "2", "--batch-size", "4", "--max-length", "64", "--no-check")
     argv = words(here, tmp_path, *more)
@@ -175,6 +190,18 @@ def test_lora_healing_of_a_folder_in_two_steps_through_a_cache(here: Path, tmp_p
     shutil.move(tmp_path / "moved", tmp_path / "work")
     other = forge(*argv, "--rank", "4", "--name", "other")
     assert other.code == 1 and "another downsizing" in other.err and f"rm -r {tmp_path / 'work'}" in other.err
+
+
+def test_what_a_healing_warns_of_is_in_the_result(tmp_path: Path) -> None:
+    build_model("qwen3_moe", tmp_path / "moe")
+    talk = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(talk) + "\n")
+    result = forge_json(
+        *("downsize", "pipeline", tmp_path / "moe", "--target", "80%", "--data", tmp_path / "data.jsonl"),
+        *("--name", "moe", "--store", tmp_path / "store", "--workdir", tmp_path / "work", "--no-check"),
+        *("--max-steps", "1", "--lr", "1e-2"),
+    )
+    assert [text for text in result["warnings"] if "12 matrices of experts are not trained" in text]
 
 
 def test_a_dry_run_prints_steps_with_memory_disk_and_time(here: Path, tmp_path: Path) -> None:

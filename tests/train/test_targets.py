@@ -58,7 +58,7 @@ def test_the_plan_counts_what_training_then_trains(
     assert counts == [written_numbers(done["adapter"])] * 2
     for result in (planned, done):
         assert result["plan"]["untrained_expert_matrices"] == experts_left
-        notes = [text for text in result["warnings"] if "experts are not trained" in text]
+        notes = [text for text in result["warnings"] if "matrices of experts are not trained" in text]
         assert notes == ([notes[0]] if experts_left else []) and all(str(experts_left) in text for text in notes)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import click
 
+from ollama_forge.cli.interrupts import interruptible
 from ollama_forge.errors import ForgeError
 
 COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
@@ -139,7 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = "--json" in args
     prog = "ollama-forge"
     try:
-        code = root.main(args=args, prog_name=prog, standalone_mode=False)
+        with interruptible():
+            code = root.main(args=args, prog_name=prog, standalone_mode=False)
     except ForgeError as error:
         _print_error(error.kind, error.what, error.why, error.next, as_json=as_json)
         return error.exit_code

@@ -10,7 +10,7 @@ import contextlib
 import json
 import shlex
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from ollama_forge.dataset.read import find_data_files
 from ollama_forge.dataset.render import RenderOptions
 from ollama_forge.dataset.tokenize import tokenize_examples
 from ollama_forge.dataset.validate import read_dataset
-from ollama_forge.errors import ExistsError, NotFoundError
+from ollama_forge.errors import ExistsError, InterruptedRunError, NotFoundError
 from ollama_forge.files import make_folder, write_bytes
 from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.jobs.calibration import DATA_SUFFIXES, CalibrationOptions
@@ -56,6 +56,7 @@ class DownsizeResult:
     Attributes:
         rows: original, pruned, healed, result, lower quantization, as measured.
         verdict: one sentence about which is the better choice.
+        warnings: what the healings told, each once.
     """
 
     plan: PipelinePlan
@@ -93,6 +94,7 @@ def downsize(
     Raises:
         UsageError: a goal that cannot be met.
         ExistsError: the name is taken, or the working folder holds another job.
+        InterruptedRunError: Ctrl-C while it heals; the same request goes on.
         As the jobs of the single steps.
     """
     plan, model = prepare(request, options)
@@ -155,6 +157,7 @@ class _Pipeline:
     model: ResolvedModel
     say: OnStep
     watch: Watch | None
+    warnings: list[str] = field(default_factory=list)
 
     def run(self) -> DownsizeResult:
         request = self.request
@@ -179,7 +182,8 @@ class _Pipeline:
         scores = {"kl_mean": rows[-2].kl_mean, "perplexity": rows[-2].perplexity}
         with self._work(scores):
             landed = land_gguf(result, request.name, inherited(self.model, request.changes), self.options)
-        return DownsizeResult(self.plan, result, rows, verdict, landed, report)
+        warnings = tuple(dict.fromkeys(self.warnings))
+        return DownsizeResult(self.plan, result, rows, verdict, landed, report, warnings)
 
     def _work(self, scores: dict[str, float]) -> contextlib.AbstractContextManager[None]:
         """What the registry is told: the model, data, text, settings; enough to do it again."""
@@ -265,7 +269,11 @@ class _Pipeline:
         training = replace(_training(self.request, str(pruned), folder), resume=(folder / RUN_FILE).exists())
         cache = self.request.folder / "teacher"
         healing = DistillRequest(training, str(original), self.request.distill, cache=cache)
-        done = distill(healing, self.options, watch=self.watch)
+        try:
+            done = distill(healing, self.options, watch=self.watch)
+        except InterruptedRunError as exc:
+            raise InterruptedRunError(exc.what, why=exc.why, next="Run the same command again to go on.") from exc
+        self.warnings += done.warnings
         self._settle(done, pruned, folder, path)
         return path
 

@@ -78,8 +78,7 @@ class TrainingPlan:
         if not self.n_experts_left:
             return ()
         return (
-            f"{self.n_experts_left:,} matrices of experts are not trained: they stay as they are "
-            "(to train some, name them with --target-modules).",
+            f"{self.n_experts_left:,} matrices of experts are not trained: only those that target modules name are.",
         )
 
     @property

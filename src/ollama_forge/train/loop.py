@@ -146,6 +146,11 @@ class Recorder(TrainerCallback):
     _started: float = field(default_factory=time.monotonic)
     _first_step: int | None = None
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a step was begun."""
+        return self._first_step is not None
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._first_step is None:
             self._first_step = state.global_step
@@ -181,7 +186,10 @@ class Recorder(TrainerCallback):
 
 
 class GracefulInterrupt:
-    """The first Ctrl-C ends the run after the step under way, with a checkpoint; the second ends it at once."""
+    """The first Ctrl-C ends the run after the step under way, with a checkpoint; the second ends it at once.
+
+    Before the first step there is nothing to keep, and the first one ends it at once too.
+    """
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -198,6 +206,7 @@ class GracefulInterrupt:
             signal.signal(signal.SIGINT, self._previous)
 
     def _interrupt(self, number: int, frame: Any) -> None:
-        if self._recorder.is_interrupted:
-            raise KeyboardInterrupt
+        is_at_once = self._recorder.is_interrupted or not self._recorder.has_begun
         self._recorder.is_interrupted = True
+        if is_at_once:
+            raise KeyboardInterrupt
