@@ -54,6 +54,22 @@ def test_a_name_that_ollama_refuses_is_refused_before_any_path_is_made(tmp_path:
     assert not store.exists()
 
 
+def test_convert_looks_at_the_name_before_it_writes_and_plans_the_landing(tmp_path: Path) -> None:
+    store, out = tmp_path / "store", tmp_path / "o.gguf"
+    words = ("convert", DEMO_MODEL, "-o", out, "--store", store)
+    for more in ((), ("--dry-run",)):
+        assert_refused(*words, "--name", "../bad", *more, code=1, says="../bad")
+    assert list(tmp_path.iterdir()) == []
+    told = forge_json(*words, "--name", "good", "--dry-run")
+    assert (told["name"], told["dry_run"], told["converted"]["dry_run"]) == ("good:latest", True, True)
+    assert told["written_bytes"] == told["converted"]["bytes"]
+    seen = forge(*words, "--name", "good", "--dry-run").out
+    assert "good:latest would be made" in seen and "o.gguf" in seen and list(tmp_path.iterdir()) == []
+    forge_json(*words, "--name", "good", "--no-check")
+    out.unlink()
+    assert_refused(*words, "--name", "good", "--dry-run", code=1, says="good:latest")
+
+
 def test_a_folder_without_config_names_the_folder(folder: Path, tmp_path: Path) -> None:
     (folder / "config.json").unlink()
     assert_refused("import", folder, "--name", "x", "--store", tmp_path / "s", code=1, says="config.json")

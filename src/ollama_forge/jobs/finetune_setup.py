@@ -22,13 +22,10 @@ from ollama_forge.errors import ExistsError, MissingExtraError, TrainingError, U
 from ollama_forge.files import hash_file, make_folder, write_bytes
 from ollama_forge.gguf.reader import GGUFFile, open_gguf
 from ollama_forge.jobs.conversion import ConvertOptions, convert_folder
-from ollama_forge.jobs.land_options import LandOptions
+from ollama_forge.jobs.land_options import LandOptions, require_landable
 from ollama_forge.jobs.resolve import ResolvedModel, resolve, resolve_gguf
 from ollama_forge.jobs.training_plan import TrainingPlan, plan_training
-from ollama_forge.store.catalog import open_store
-from ollama_forge.store.discard import exists_error
 from ollama_forge.store.modelfile import Modelfile
-from ollama_forge.store.name import parse_name, validate_writable
 from ollama_forge.train.options import LoopOptions, LoraOptions, settle
 from ollama_forge.weights.adapter import RESULT_FOLDER
 
@@ -185,13 +182,7 @@ def require_free_name(request: FinetuneRequest, options: LandOptions) -> None:
                 "No name for the result", next="Add --name NAME, or --skip-retrain for the adapter alone."
             )
         return
-    validate_writable(parse_name(request.name))
-    if request.skip_landing or options.server is not None:
-        return
-    store = open_store(options.store_path)
-    wanted = store.canonical(request.name)
-    if store.read_manifest_bytes(wanted) is not None and not options.overwrite:
-        raise exists_error(wanted)
+    require_landable(request.name, replace(options, overwrite=options.overwrite or request.skip_landing))
 
 
 def missing_train_packages() -> list[str]:
