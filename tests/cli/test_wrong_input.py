@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from command import DEMO_MODEL, forge, forge_json, tree_hash
 
+from ollama_forge.engine_sampling import loading_from_parameters
+from ollama_forge.errors import UsageError
 from ollama_forge.files import atomic_output
 from ollama_forge.gguf.types import GGMLType
 from ollama_forge.gguf.writer import TensorEntry, plan_layout, string, uint32, write_gguf
@@ -213,3 +215,30 @@ def test_atomic_output_keeps_the_old_file_when_the_writer_fails(tmp_path: Path) 
     with atomic_output(target, overwrite=True) as sink:
         write_gguf(sink, [string("general.architecture", "x")], [])
     assert target.read_bytes()[:4] == b"GGUF"
+
+
+def test_the_example_of_an_error_is_one_that_can_be_typed(gguf: Path, tmp_path: Path) -> None:
+    base = ("create-from-base", "--base", gguf, "--name", "n", "--store", tmp_path / "store")
+    assert_refused(*base, "--message", "foo", code=2, says="Example: --message user='Hello!'")
+    assert_refused(*base, "--param", "foo", code=2, says="Example: --param temperature=0.7")
+    width = ("downsize", "prune", gguf, "--dry-run", "--width")
+    for amount in ("-1", "200%"):
+        assert_refused(*width, f"ffn={amount}", code=2, says="Example: --width ffn=70%")
+
+
+def test_a_context_in_which_nothing_can_run_is_refused(gguf: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    for tokens in (0, 1, -5):
+        ended = forge("run", gguf, "Hi", "--param", f"num_ctx={tokens}")
+        assert ended.code != 0 and "too small" in ended.err and "num_ctx=4096" in ended.err
+        assert "SIGABRT" not in ended.err
+        words = ("create-from-base", "--base", gguf, "--name", "n", "--store", store)
+        assert forge(*words, "--param", f"num_ctx={tokens}").code != 0
+        assert forge(*words, "--num-ctx", tokens).code != 0
+    assert not store.exists()
+
+
+def test_a_stored_context_of_one_token_is_refused_in_words() -> None:
+    with pytest.raises(UsageError, match="too small a context"):
+        loading_from_parameters({"num_ctx": 1})
+    assert loading_from_parameters({"num_ctx": 0}) == {}  # Ollama's "choose for me"

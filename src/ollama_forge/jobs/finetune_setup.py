@@ -15,7 +15,7 @@ from pathlib import Path
 from ollama_forge.dataset.chat_format import ChatFormat, chat_format_of
 from ollama_forge.dataset.examples import Example, hash_examples
 from ollama_forge.dataset.read import find_data_files
-from ollama_forge.dataset.render import RenderOptions
+from ollama_forge.dataset.render import NOTES, RenderOptions
 from ollama_forge.dataset.tokenize import TokenizedDataset, split_examples, tokenize_examples
 from ollama_forge.dataset.validate import read_dataset
 from ollama_forge.errors import ExistsError, MissingExtraError, TrainingError, UnsupportedError
@@ -231,17 +231,21 @@ def claim_folder(request: FinetuneRequest, prepared: PreparedRun) -> None:
     write_bytes(path, text.encode())
 
 
+def _examples(count: int) -> str:
+    return "example" if count == 1 else "examples"
+
+
 def _data_warnings(
     read_warnings: Mapping[str, int], train: TokenizedDataset, request: FinetuneRequest, plan: TrainingPlan
 ) -> tuple[str, ...]:
-    warnings = [f"{count:,} examples: {kind}" for kind, count in read_warnings.items()]
+    warnings = [f"{count:,} {_examples(count)}: {kind}" for kind, count in read_warnings.items()]
     if train.n_truncated:
         warnings.append(
             f"{train.n_truncated:,} of {len(train.rows):,} examples are cut at {request.max_length} tokens "
             f"(the longest has {train.longest:,}): raise --max-length to keep them whole."
         )
-    warnings += [f"{count:,} examples were left out: {kind}" for kind, count in train.dropped.items()]
-    warnings += [f"{count:,} examples: {note}" for note, count in train.notes.items()]
+    warnings += [f"{count:,} {_examples(count)} left out: {kind}" for kind, count in train.dropped.items()]
+    warnings += [f"{count:,} {_examples(count)}: {NOTES[note]}" for note, count in train.notes.items()]
     if plan.light == "red":
         warnings.append(
             f"This run wants about {plan.memory_bytes / 1e9:.1f} GB; {(plan.available_bytes or 0) / 1e9:.1f} GB are "
