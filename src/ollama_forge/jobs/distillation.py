@@ -30,7 +30,7 @@ from ollama_forge.jobs.distillation_setup import (
 )
 from ollama_forge.jobs.finetune import ask_all, choose_questions, land_adapter, matching_template
 from ollama_forge.jobs.finetune_setup import RUN_FILE, require_free_name
-from ollama_forge.jobs.land_options import LandOptions
+from ollama_forge.jobs.land_options import LandOptions, removal_command
 from ollama_forge.jobs.landing import LandedModel, land_gguf
 from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, working
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, inherited, merge_model
@@ -190,7 +190,7 @@ def _train_and_land(
     student = replace(student, changes=matching_template(student.changes, run))
     with _work(request, prepared, trained):
         landed = None if student.skip_landing else _land(request, student.changes, options, prepared, result)
-    undo = (*([f"ollama rm {landed.name}"] if landed else []), f"rm -r {student.folder}")
+    undo = (*([removal_command(landed.name, options)] if landed else []), f"rm -r {student.folder}")
     from ollama_forge.train.report import AnswerPair, write_report
 
     answers = tuple(AnswerPair(str(q[-1]["content"]), b, a) for q, b, a in zip(questions, before, after, strict=True))

@@ -27,7 +27,7 @@ from ollama_forge.jobs.distillation_setup import RUN_FILE, DistillRequest, metad
 from ollama_forge.jobs.downsizing_plan import PipelinePlan, PipelineRequest, PruneStep, plan_pipeline
 from ollama_forge.jobs.downsizing_report import Row, judge_rows, measure_speed, write_comparison
 from ollama_forge.jobs.finetune_setup import FinetuneRequest, require_extra, require_free_name
-from ollama_forge.jobs.land_options import LandOptions
+from ollama_forge.jobs.land_options import LandOptions, removal_command
 from ollama_forge.jobs.landing import LandedModel, land_gguf
 from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, working
 from ollama_forge.jobs.measure import MeasureRequest, measure
@@ -62,6 +62,7 @@ class DownsizeResult:
     landed: LandedModel | None = None
     report: Path | None = None
     warnings: tuple[str, ...] = ()
+    undo: tuple[str, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """The JSON form."""
@@ -74,6 +75,7 @@ class DownsizeResult:
             "landed": self.landed.document() if self.landed else None,
             "report": str(self.report) if self.report else None,
             "warnings": list(self.warnings),
+            "undo": list(self.undo),
         }
 
 
@@ -180,7 +182,8 @@ class _Pipeline:
             layers=[step.n_layers for step in self.plan.steps], loop=asdict(request.loop),
         ):  # fmt: skip
             landed = land_gguf(result, request.name, inherited(self.model, request.changes), self.options)
-        return DownsizeResult(self.plan, result, rows, verdict, landed, report)
+        undo = (removal_command(landed.name, self.options), f"rm -r {request.folder}")
+        return DownsizeResult(self.plan, result, rows, verdict, landed, report, undo=undo)
 
     def _claim(self) -> None:
         request = self.request

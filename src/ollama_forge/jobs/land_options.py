@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +39,15 @@ def find_remote_server(host: str | None, store_path: Path | None) -> OllamaServe
     from ollama_forge.store.server import OllamaServer
 
     return OllamaServer() if host is None else OllamaServer(host)
+
+
+def removal_command(name: str, options: LandOptions) -> str:
+    """What to type to take a landed model back; it works where it was landed."""
+    if options.server is not None:
+        return f"ollama rm {name}"
+    return f"ollama-forge rm {name}" + (
+        f" --store {shlex.quote(str(options.store_path))}" if options.store_path else ""
+    )
 
 
 def require_landable(name: str, options: LandOptions) -> None:
