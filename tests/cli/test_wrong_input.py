@@ -242,3 +242,15 @@ def test_a_stored_context_of_one_token_is_refused_in_words() -> None:
     with pytest.raises(UsageError, match="too small a context"):
         loading_from_parameters({"num_ctx": 1})
     assert loading_from_parameters({"num_ctx": 0}) == {}  # Ollama's "choose for me"
+
+
+def test_notes_about_training_data_are_sentences(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    data = tmp_path / "d.jsonl"
+    data.write_text(json.dumps({"instruction": "Say hi.", "output": "Hi."}) + "\n")
+    ended = forge("finetune", "--base", folder, "--data", data, "--name", "n", "--store", tmp_path / "s", "--dry-run")
+    assert "! 1 example: the model has no chat template" in ended.err, ended.err
