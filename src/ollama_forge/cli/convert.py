@@ -104,18 +104,30 @@ def command(
         return
     extra = {"converted": {**written.document(), "dry_run": options.dry_run}}
     if options.dry_run:
-        from ollama_forge.jobs.landing import import_folder
-        from ollama_forge.jobs.resolve import resolve_folder
-
         if not console.as_json:
             report_converted(console, written, dry_run=True)
-        planned = import_folder(resolve_folder(source), name, changes, options, chosen, adapters=adapters)
+        planned = _plan_landing(source, name, changes, options, adapters, chosen)
         report_landed(console, planned if console.as_json else replace(planned, warnings=()), extra)
         return
     from ollama_forge.jobs.landing import land_gguf
 
     landed = land_gguf(output, name, changes, options, adapters=adapters)
     report_landed(console, replace(landed, warnings=(*written.warnings, *landed.warnings)), extra)
+
+
+def _plan_landing(
+    source: str,
+    name: str,
+    changes: Modelfile,
+    options: LandOptions,
+    adapters: tuple[Path, ...],
+    chosen: ConvertOptions,
+) -> LandedModel:
+    """What landing the file of a dry run would do."""
+    from ollama_forge.jobs.landing import import_folder
+    from ollama_forge.jobs.resolve import resolve_folder
+
+    return import_folder(resolve_folder(source), name, changes, options, chosen, adapters=adapters)
 
 
 def _write(
