@@ -80,13 +80,22 @@ def sampling_from_parameters(parameters: Mapping[str, Any]) -> Sampling:
     return Sampling(**values)
 
 
+_LEAST_CONTEXT = 2
+
+
 def loading_from_parameters(parameters: Mapping[str, Any]) -> dict[str, int]:
     """The keyword arguments of `open_engine` that a Modelfile's PARAMETERs ask for (num_ctx, num_thread, num_gpu, ...).
 
     Raises:
-        UsageError: a value of the wrong type.
+        UsageError: a value of the wrong type, or a context in which llama.cpp cannot run.
     """
     wanted = {ours: int(_number(name, parameters[name])) for name, ours in _LOADING_NAMES.items() if name in parameters}
+    if 0 < wanted.get("context_length", 0) < _LEAST_CONTEXT:
+        raise UsageError(
+            f"num_ctx={wanted['context_length']} is too small a context",
+            why="llama.cpp needs room for a token and the one after it.",
+            next="Example: --param num_ctx=4096",
+        )
     # Ollama's "choose for me": 0 threads, -1 layers.
     return {name: value for name, value in wanted.items() if value > 0 or (name == "n_gpu_layers" and value == 0)}
 

@@ -71,6 +71,9 @@ def test_people_see_the_evidence_and_what_was_edited(place: Path) -> None:
                     "-o", place / "seen.gguf")  # fmt: skip
     assert written.code == 0, written.err
     assert "attention_output       3" in written.out and "7 tensors edited" in written.out
+    adapter = forge("abliterate", "apply", place / "model.gguf", "--directions", place / "again.safetensors",
+                    "-o", place / "lora.gguf", "--as-lora")  # fmt: skip
+    assert adapter.code == 0 and f"--adapter {place / 'lora.gguf'} --name NAME" in adapter.err
 
 
 def test_a_dry_run_changes_nothing_and_says_what_would_be(place: Path) -> None:

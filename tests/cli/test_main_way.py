@@ -183,3 +183,19 @@ def test_an_error_in_json_is_one_document_with_kind_what_why_and_next(store: Pat
     assert set(ended.document["error"]) == {"kind", "what", "why", "next"}
     assert ended.document["error"]["kind"] == "not_found" and "missing" in ended.document["error"]["what"]
     assert json.loads(forge("quantize", "x", "--json").out)["error"]["kind"] == "usage"
+
+
+def test_rm_takes_away_what_a_model_alone_uses(store: Path, tmp_path: Path) -> None:
+    own = tmp_path / "store"
+    shutil.copytree(store, own)
+    forge_json("create-from-base", "--base", "base", "--name", "gone", "--system", "Bye.", "--store", own, "--no-check")
+    before = tree_hash(own)
+    told = forge_json("rm", "gone", "--store", own, "--dry-run")
+    assert tree_hash(own) == before and told["dry_run"] and told["name"] == "gone:latest"
+    assert 0 < told["freed_bytes"] < 10_000 and told["kept_blobs"]
+    done = forge_json("rm", "gone", "--store", own)
+    assert set(done["removed_blobs"]) <= set(told["removed_blobs"]) and done["name"] == told["name"]
+    assert "gone:latest" not in [row["name"] for row in forge_json("list", "--store", own)]
+    assert forge_json("verify", "base", "--store", own)["whole"]
+    absent = forge("rm", "gone", "--store", own)
+    assert absent.code == 1 and "ollama-forge list" in absent.err

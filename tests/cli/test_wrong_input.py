@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from command import DEMO_MODEL, forge, forge_json, tree_hash
 
+from ollama_forge.engine_sampling import loading_from_parameters
+from ollama_forge.errors import UsageError
 from ollama_forge.files import atomic_output
 from ollama_forge.gguf.types import GGMLType
 from ollama_forge.gguf.writer import TensorEntry, plan_layout, string, uint32, write_gguf
@@ -52,6 +54,22 @@ def test_a_name_that_ollama_refuses_is_refused_before_any_path_is_made(tmp_path:
     store = tmp_path / "store"
     assert_refused("import", DEMO_MODEL, "--name", name, "--store", store, code=1, says=repr(name)[1:6])
     assert not store.exists()
+
+
+def test_convert_looks_at_the_name_before_it_writes_and_plans_the_landing(tmp_path: Path) -> None:
+    store, out = tmp_path / "store", tmp_path / "o.gguf"
+    words = ("convert", DEMO_MODEL, "-o", out, "--store", store)
+    for more in ((), ("--dry-run",)):
+        assert_refused(*words, "--name", "../bad", *more, code=1, says="../bad")
+    assert list(tmp_path.iterdir()) == []
+    told = forge_json(*words, "--name", "good", "--dry-run")
+    assert (told["name"], told["dry_run"], told["converted"]["dry_run"]) == ("good:latest", True, True)
+    assert told["written_bytes"] == told["converted"]["bytes"]
+    seen = forge(*words, "--name", "good", "--dry-run").out
+    assert "good:latest would be made" in seen and "o.gguf" in seen and list(tmp_path.iterdir()) == []
+    forge_json(*words, "--name", "good", "--no-check")
+    out.unlink()
+    assert_refused(*words, "--name", "good", "--dry-run", code=1, says="good:latest")
 
 
 def test_a_folder_without_config_names_the_folder(folder: Path, tmp_path: Path) -> None:
@@ -234,3 +252,42 @@ def test_a_config_file_cannot_say_such_a_number_either(tmp_path: Path) -> None:
 
 def test_an_alpha_that_would_turn_the_adapter_round_is_refused() -> None:
     assert_refused(*FINETUNE, "--alpha", "-5", code=2, says="'--alpha': -5.0 is not in the range x>0")
+
+
+def test_the_example_of_an_error_is_one_that_can_be_typed(gguf: Path, tmp_path: Path) -> None:
+    base = ("create-from-base", "--base", gguf, "--name", "n", "--store", tmp_path / "store")
+    assert_refused(*base, "--message", "foo", code=2, says="Example: --message user='Hello!'")
+    assert_refused(*base, "--param", "foo", code=2, says="Example: --param temperature=0.7")
+    width = ("downsize", "prune", gguf, "--dry-run", "--width")
+    for amount in ("-1", "200%"):
+        assert_refused(*width, f"ffn={amount}", code=2, says="Example: --width ffn=70%")
+
+
+def test_a_context_in_which_nothing_can_run_is_refused(gguf: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    for tokens in (0, 1, -5):
+        ended = forge("run", gguf, "Hi", "--param", f"num_ctx={tokens}")
+        assert ended.code != 0 and "too small" in ended.err and "num_ctx=4096" in ended.err
+        assert "SIGABRT" not in ended.err
+        words = ("create-from-base", "--base", gguf, "--name", "n", "--store", store)
+        assert forge(*words, "--param", f"num_ctx={tokens}").code != 0
+        assert forge(*words, "--num-ctx", tokens).code != 0
+    assert not store.exists()
+
+
+def test_a_stored_context_of_one_token_is_refused_in_words() -> None:
+    with pytest.raises(UsageError, match="too small a context"):
+        loading_from_parameters({"num_ctx": 1})
+    assert loading_from_parameters({"num_ctx": 0}) == {}  # Ollama's "choose for me"
+
+
+def test_notes_about_training_data_are_sentences(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    data = tmp_path / "d.jsonl"
+    data.write_text(json.dumps({"instruction": "Say hi.", "output": "Hi."}) + "\n")
+    ended = forge("finetune", "--base", folder, "--data", data, "--name", "n", "--store", tmp_path / "s", "--dry-run")
+    assert "! 1 example: the model has no chat template" in ended.err, ended.err

@@ -62,7 +62,7 @@ def test_one_command_takes_refusals_out_and_nothing_else(place: Path, finished: 
     chosen = next(item for item in tried if item["layer"] == result["choice"]["options"]["layer"])
     assert len(tried) == 3 and chosen["refused"] == min(item["refused"] for item in tried)
     assert result["matrices"] == {"attention_output": 3, "ffn_down": 3, "token_embedding": 1}
-    assert Path(result["report"]).exists() and result["undo"][0] == "ollama rm whole:latest"
+    assert Path(result["report"]).exists() and result["undo"][0].startswith("ollama-forge rm whole:latest")
     base, mine = (resolve(name, place / "s") for name in ("base", "whole"))
     assert mine.modelfile.system == base.modelfile.system == "Be helpful."
     assert base.gguf_path and mine.gguf_path

@@ -98,6 +98,7 @@ def test_it_ends_with_five_models_measured_and_a_sentence(finished: tuple[Path, 
     landed = resolve("small", folder / "store").gguf_path
     assert landed is not None and landed.read_bytes() == (folder / "work" / "final.gguf").read_bytes()
     record = json.loads(forge("registry", "show", "small", "--json").out)["lineage"][-1]
+    assert result["undo"] == [f"ollama-forge rm small:latest --store {folder / 'store'}", f"rm -r {folder / 'work'}"]
     assert record["step"] == "downsize" and {parent["role"] for parent in record["parents"]} >= {"base", "data"}
 
 

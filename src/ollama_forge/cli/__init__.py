@@ -78,6 +78,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "export": ("export", "Take a model out of Ollama's store: a GGUF file, or a folder for transformers."),
     },
     "keep": {
+        "rm": ("rm", "Take a model out of Ollama's store, as `ollama rm` does; no server needed."),
         "registry": ("registry", "Every model known by what it is, where it came from, and what it is for."),
     },
 }

@@ -131,7 +131,8 @@ def _show_written(console: Console, ablated: AblatedModel) -> None:
     verb = "import" if ablated.output and ablated.output.is_dir() else "convert --gguf"
     if ablated.is_lora:
         console.done(
-            f"Written in {ablated.seconds:.1f} s. Next: ollama-forge retrain --base REF --adapter {ablated.output}"
+            f"Written in {ablated.seconds:.1f} s. Next: "
+            f"ollama-forge retrain --base REF --adapter {ablated.output} --name NAME"
         )
     else:
         console.done(f"Written in {ablated.seconds:.1f} s. Next: ollama-forge {verb} {ablated.output} --name NAME")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,16 +93,41 @@ def command(
             next=f"ollama-forge convert {source} -o model.gguf; "
             f"to land it in Ollama at once: ollama-forge import {source} --name NAME",
         )
-    written = _write(
-        source, output, conversion.convert_options(outtype, quantize, n_threads=n_threads), converter, options, console
-    )
-    if name is None or options.dry_run:
+    if name is not None:
+        from ollama_forge.jobs.land_options import require_landable
+
+        require_landable(name, options)
+    chosen = conversion.convert_options(outtype, quantize, n_threads=n_threads)
+    written = _write(source, output, chosen, converter, options, console)
+    if name is None:
         report_converted(console, written, dry_run=options.dry_run)
+        return
+    extra = {"converted": {**written.document(), "dry_run": options.dry_run}}
+    if options.dry_run:
+        if not console.as_json:
+            report_converted(console, written, dry_run=True)
+        planned = _plan_landing(source, name, changes, options, adapters, chosen)
+        report_landed(console, planned if console.as_json else replace(planned, warnings=()), extra)
         return
     from ollama_forge.jobs.landing import land_gguf
 
     landed = land_gguf(output, name, changes, options, adapters=adapters)
-    report_landed(console, landed, {"converted": {**written.document(), "dry_run": False}})
+    report_landed(console, replace(landed, warnings=(*written.warnings, *landed.warnings)), extra)
+
+
+def _plan_landing(
+    source: str,
+    name: str,
+    changes: Modelfile,
+    options: LandOptions,
+    adapters: tuple[Path, ...],
+    chosen: ConvertOptions,
+) -> LandedModel:
+    """What landing the file of a dry run would do."""
+    from ollama_forge.jobs.landing import import_folder
+    from ollama_forge.jobs.resolve import resolve_folder
+
+    return import_folder(resolve_folder(source), name, changes, options, chosen, adapters=adapters)
 
 
 def _write(

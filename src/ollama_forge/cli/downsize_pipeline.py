@@ -227,3 +227,5 @@ def _show(console: Console, result: DownsizeResult) -> None:
         written = human_bytes(result.landed.written_bytes)
         console.line(f"landed   {result.landed.name}  {written} written")
         console.done(f"Next: ollama run {result.landed.name}   (or: ollama-forge run {result.landed.name})")
+    for step in result.undo:
+        console.line(f"undo     {step}")

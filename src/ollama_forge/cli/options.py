@@ -78,6 +78,9 @@ def threads_option(function: Command) -> Command:
     )(function)
 
 
+_EXAMPLES = {"--param": "temperature=0.7", "--message": "user='Hello!'", "--set": "base=llama3.2"}
+
+
 def parse_assignments(values: tuple[str, ...], option: str) -> tuple[tuple[str, str], ...]:
     """`("a=1", "b=x=y")` -> `(("a", "1"), ("b", "x=y"))`.
 
@@ -88,7 +91,7 @@ def parse_assignments(values: tuple[str, ...], option: str) -> tuple[tuple[str, 
     for value in values:
         name, sign, text = value.partition("=")
         if not sign or not name.strip():
-            raise UsageError(f"{option} {value!r} is not name=value", next=f"Example: {option} temperature=0.7")
+            raise UsageError(f"{option} {value!r} is not name=value", next=f"Example: {option} {_EXAMPLES[option]}")
         pairs.append((name.strip(), text))
     return tuple(pairs)
 

@@ -52,7 +52,7 @@ def _show(console: Console, report: StoreReport) -> None:
     for problem in report.problems:
         console.line(click.style(f"✗ {problem.kind}", fg="red") + f"  {problem.path}: {problem.what}")
     if report.problems:
-        console.line("  next: `ollama pull` a damaged model again, or remove it with `ollama rm`.")
+        console.line("  next: `ollama pull` a damaged model again, or remove it: ollama-forge rm NAME.")
     if report.orphans:
         console.line(
             f"· {len(report.orphans)} blobs ({human_bytes(report.orphan_bytes)}) belong to no model; "

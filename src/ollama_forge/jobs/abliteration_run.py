@@ -17,7 +17,7 @@ from ollama_forge.jobs.ablation_bench import AblationBench, TrialScore
 from ollama_forge.jobs.abliteration_result import PAGE_FILE, evaluate_result, land_result, require_free_name
 from ollama_forge.jobs.abliteration_work import AbliterateRequest, AbliterationWork, EditedModel
 from ollama_forge.jobs.directions import layers_at, packed_memory_bytes, plan_directions
-from ollama_forge.jobs.land_options import LandOptions
+from ollama_forge.jobs.land_options import LandOptions, removal_command
 from ollama_forge.jobs.landing import LandedModel
 from ollama_forge.jobs.measure_models import require_packages
 from ollama_forge.jobs.refusals import OnStep
@@ -181,7 +181,7 @@ def finish(work: AbliterationWork, result: AbliterationResult, **facts: Any) -> 
         scores = evaluation["scores"] if evaluation else {}
         landed = land_result(work, edited, applied, scores, **facts)
         work.warnings += landed.warnings
-        result = replace(result, landed=landed, undo=(f"ollama rm {landed.name}", *result.undo))
+        result = replace(result, landed=landed, undo=(removal_command(landed.name, work.options), *result.undo))
     return replace(result, warnings=tuple(dict.fromkeys(work.warnings)))
 
 

@@ -37,7 +37,7 @@ from ollama_forge.jobs.finetune import (
     recorded_settings,
 )
 from ollama_forge.jobs.finetune_setup import require_extra, require_free_name
-from ollama_forge.jobs.land_options import LandOptions
+from ollama_forge.jobs.land_options import LandOptions, removal_command
 from ollama_forge.jobs.landing import LandedModel, land_gguf
 from ollama_forge.jobs.lineage import hashed_ingredient, modelfile_text, working
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, inherited, merge_model
@@ -208,7 +208,7 @@ def _train_and_land(
         student = replace(student, changes=matching_template(student.changes, run))
         with _work(replace(request, student=student), prepared, trained):
             landed = _land(request, student.changes, options, prepared, result)
-    undo = (*([f"ollama rm {landed.name}"] if landed else []), f"rm -r {student.folder}")
+    undo = (*([removal_command(landed.name, options)] if landed else []), f"rm -r {student.folder}")
     from ollama_forge.train.report import AnswerPair, write_report
 
     answers = tuple(AnswerPair(str(q[-1]["content"]), b, a) for q, b, a in zip(questions, before, after, strict=True))

@@ -29,7 +29,7 @@ from ollama_forge.jobs.distillation_setup import DistillRequest, metadata_of, we
 from ollama_forge.jobs.downsizing_plan import PipelinePlan, PipelineRequest, PruneStep, plan_pipeline
 from ollama_forge.jobs.downsizing_report import Row, judge_rows, measure_speed, write_comparison
 from ollama_forge.jobs.finetune_setup import FinetuneRequest, require_extra, require_free_name
-from ollama_forge.jobs.land_options import LandOptions
+from ollama_forge.jobs.land_options import LandOptions, removal_command
 from ollama_forge.jobs.landing import LandedModel, land_gguf
 from ollama_forge.jobs.lineage import file_ingredient, hashed_ingredient, modelfile_text, working
 from ollama_forge.jobs.measure import MeasureRequest, measure
@@ -57,6 +57,7 @@ class DownsizeResult:
         rows: original, pruned, healed, result, lower quantization, as measured.
         verdict: one sentence about which is the better choice.
         warnings: what the healings told, each once.
+        undo: commands that take it all back.
     """
 
     plan: PipelinePlan
@@ -66,6 +67,7 @@ class DownsizeResult:
     landed: LandedModel | None = None
     report: Path | None = None
     warnings: tuple[str, ...] = ()
+    undo: tuple[str, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """The JSON form."""
@@ -78,6 +80,7 @@ class DownsizeResult:
             "landed": self.landed.document() if self.landed else None,
             "report": str(self.report) if self.report else None,
             "warnings": list(self.warnings),
+            "undo": list(self.undo),
         }
 
 
@@ -183,7 +186,8 @@ class _Pipeline:
         with self._work(scores):
             landed = land_gguf(result, request.name, inherited(self.model, request.changes), self.options)
         warnings = tuple(dict.fromkeys(self.warnings))
-        return DownsizeResult(self.plan, result, rows, verdict, landed, report, warnings)
+        undo = (removal_command(landed.name, self.options), f"rm -r {request.folder}")
+        return DownsizeResult(self.plan, result, rows, verdict, landed, report, warnings, undo)
 
     def _work(self, scores: dict[str, float]) -> contextlib.AbstractContextManager[None]:
         """What the registry is told: the model, data, text, settings; enough to do it again."""

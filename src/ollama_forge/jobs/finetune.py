@@ -27,7 +27,7 @@ from ollama_forge.jobs.finetune_setup import (
     require_extra,
     require_free_name,
 )
-from ollama_forge.jobs.land_options import LandOptions
+from ollama_forge.jobs.land_options import LandOptions, removal_command
 from ollama_forge.jobs.landing import LandedModel, land_gguf, land_installed
 from ollama_forge.jobs.lineage import file_ingredient, hashed_ingredient, ingredient_of, modelfile_text, working
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, inherited, merge_and_land
@@ -158,7 +158,7 @@ def _train_and_land(
         write_bytes(request.folder / TEMPLATE_FILE, request.changes.template.encode(), overwrite=True)
     with _training(request, prepared, trained):
         landed = None if request.skip_landing else land_adapter(request, options, prepared.model, adapter_gguf)
-    undo = _undo(request, landed)
+    undo = _undo(request, landed, options)
     report = write_report(
         request.folder,
         f"Fine-tune of {request.base}" + (f": {request.name}" if request.name else ""),
@@ -268,8 +268,8 @@ def land_adapter(request: FinetuneRequest, options: LandOptions, model: Resolved
     return land_gguf(model.gguf_path, request.name, inherited(model, request.changes), options, adapters=(adapter,))
 
 
-def _undo(request: FinetuneRequest, landed: LandedModel | None) -> tuple[str, ...]:
-    steps = [f"ollama rm {landed.name}"] if landed else []
+def _undo(request: FinetuneRequest, landed: LandedModel | None, options: LandOptions) -> tuple[str, ...]:
+    steps = [removal_command(landed.name, options)] if landed else []
     return (*steps, f"rm -r {request.folder}")
 
 

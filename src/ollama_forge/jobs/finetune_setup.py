@@ -16,22 +16,20 @@ from ollama_forge.dataset.chat_format import ChatFormat, chat_format_of
 from ollama_forge.dataset.examples import Example, hash_examples
 from ollama_forge.dataset.pack import pack_rows
 from ollama_forge.dataset.read import find_data_files
-from ollama_forge.dataset.render import RenderOptions
+from ollama_forge.dataset.render import NOTES, RenderOptions
 from ollama_forge.dataset.tokenize import Tokenized, TokenizedDataset, split_examples, tokenize_examples
 from ollama_forge.dataset.validate import read_dataset
 from ollama_forge.errors import MissingExtraError, TrainingError, UnsupportedError
 from ollama_forge.files import hash_file, is_same_disk, make_folder
 from ollama_forge.gguf.reader import GGUFFile, open_gguf
 from ollama_forge.jobs.conversion import ConvertOptions, convert_folder
-from ollama_forge.jobs.land_options import LandOptions
+from ollama_forge.jobs.land_options import LandOptions, require_landable
 from ollama_forge.jobs.resolve import ResolvedModel, resolve, resolve_gguf
 from ollama_forge.jobs.run_folder import claim_folder, name_after
 from ollama_forge.jobs.training_disk import FLOAT_BYTES, TrainingDisk
 from ollama_forge.jobs.training_plan import TrainingPlan, plan_training
 from ollama_forge.store.catalog import open_store
-from ollama_forge.store.discard import exists_error
 from ollama_forge.store.modelfile import Modelfile
-from ollama_forge.store.name import parse_name, validate_writable
 from ollama_forge.train.options import LOGGERS, LoopOptions, LoraOptions, settle
 
 TRAIN_PACKAGES = ("torch", "transformers", "peft", "trl", "datasets")
@@ -247,13 +245,7 @@ def require_free_name(request: FinetuneRequest, options: LandOptions) -> None:
                 "No name for the result", next="Add --name NAME, or --skip-retrain for the adapter alone."
             )
         return
-    validate_writable(parse_name(request.name))
-    if request.skip_landing or options.server is not None:
-        return
-    store = open_store(options.store_path)
-    wanted = store.canonical(request.name)
-    if store.read_manifest_bytes(wanted) is not None and not options.overwrite:
-        raise exists_error(wanted)
+    require_landable(request.name, replace(options, overwrite=options.overwrite or request.skip_landing))
 
 
 def missing_train_packages() -> list[str]:
@@ -303,15 +295,19 @@ def claim_run(request: FinetuneRequest, prepared: PreparedRun) -> None:
     claim_folder(request.folder, asked, is_resumed=request.resume)
 
 
+def _examples(count: int) -> str:
+    return "example" if count == 1 else "examples"
+
+
 def _data_warnings(
     read_warnings: Mapping[str, int], train: TokenizedDataset, request: FinetuneRequest
 ) -> tuple[str, ...]:
-    warnings = [f"{count:,} examples: {kind}" for kind, count in read_warnings.items()]
+    warnings = [f"{count:,} {_examples(count)}: {kind}" for kind, count in read_warnings.items()]
     if train.n_truncated:
         warnings.append(
             f"{train.n_truncated:,} of {len(train.rows):,} examples are cut at {request.max_length} tokens "
             f"(the longest has {train.longest:,}): raise --max-length to keep them whole."
         )
-    warnings += [f"{count:,} examples were left out: {kind}" for kind, count in train.dropped.items()]
-    warnings += [f"{count:,} examples: {note}" for note, count in train.notes.items()]
+    warnings += [f"{count:,} {_examples(count)} left out: {kind}" for kind, count in train.dropped.items()]
+    warnings += [f"{count:,} {_examples(count)}: {NOTES[note]}" for note, count in train.notes.items()]
     return tuple(warnings)

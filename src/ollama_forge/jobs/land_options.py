@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,3 +39,28 @@ def find_remote_server(host: str | None, store_path: Path | None) -> OllamaServe
     from ollama_forge.store.server import OllamaServer
 
     return OllamaServer() if host is None else OllamaServer(host)
+
+
+def removal_command(name: str, options: LandOptions) -> str:
+    """What to type to take a landed model back; it works where it was landed."""
+    if options.server is not None:
+        return f"ollama rm {name}"
+    return f"ollama-forge rm {name}" + (
+        f" --store {shlex.quote(str(options.store_path))}" if options.store_path else ""
+    )
+
+
+def require_landable(name: str, options: LandOptions) -> None:
+    """Refuse, before any work, a name that could not be landed under.
+
+    Raises:
+        NameInvalidError: Ollama refuses it.
+        ExistsError: a model of the store has it, and `options.overwrite` is false.
+    """
+    from ollama_forge.store.catalog import open_store
+    from ollama_forge.store.land import require_free_name
+    from ollama_forge.store.name import parse_name, validate_writable
+
+    validate_writable(parse_name(name))
+    if options.server is None:
+        require_free_name(open_store(options.store_path), name, overwrite=options.overwrite)

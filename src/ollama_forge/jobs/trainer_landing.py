@@ -21,7 +21,7 @@ from ollama_forge.jobs.adapters import base_path, prepare_adapter, require_numbe
 from ollama_forge.jobs.conversion import quantize_options
 from ollama_forge.jobs.finetune import ask_all, choose_questions, land_adapter
 from ollama_forge.jobs.finetune_setup import FinetuneRequest
-from ollama_forge.jobs.land_options import LandOptions
+from ollama_forge.jobs.land_options import LandOptions, removal_command
 from ollama_forge.jobs.landing import land_gguf
 from ollama_forge.jobs.merging import MergeInput, inherited, merge_and_land
 from ollama_forge.jobs.resolve import ResolvedModel, resolve
@@ -48,7 +48,7 @@ def finish(job: TrainerJob, request: FinetuneRequest, target: ResolvedModel, opt
             f"ollama-forge retrain --base {request.base} --adapter PATH --name {request.name or 'NAME'}",
         )
     result = (_finish_model if job.makes_model else _finish_adapter)(job, request, target, options)
-    undo = (*((f"ollama rm {result.landed.name}",) if result.landed else ()), f"rm -r {request.folder}")
+    undo = (*((removal_command(result.landed.name, options),) if result.landed else ()), f"rm -r {request.folder}")
     return replace(result, is_trained=True, undo=undo, seconds=time.monotonic() - started)
 
 

@@ -116,6 +116,24 @@ def remove_model(store: Store, name: ModelName | str) -> Removed:
     return Removed(wanted, discard_unused(store, find_mentions(raw), untouched_since=written_at))
 
 
+def plan_removal(store: Store, name: ModelName | str) -> Removed:
+    """What `remove_model` would do; a blob that was renewed in the last hour may stay after all.
+
+    Raises:
+        NotFoundError: no such model.
+        DiskError: the store may not be read.
+    """
+    wanted = store.canonical(name)
+    raw = store.read_manifest_bytes(wanted)
+    if raw is None:
+        raise store.not_found(wanted)
+    own, mentions = store.manifest_path(wanted), store.mentions()
+    there = sorted(digest for digest in find_mentions(raw) if store.blobs.has(digest))
+    alone = [digest for digest in there if is_pruning_allowed() and set(mentions.get(digest, ())) <= {own}]
+    freed = sum(store.blobs.path(digest).stat().st_size for digest in alone)
+    return Removed(wanted, Discarded(tuple(alone), tuple(sorted(set(there) - set(alone))), freed))
+
+
 def copy_model(
     store: Store, source: ModelName | str, destination: ModelName | str, *, overwrite: bool = False
 ) -> InstalledModel:

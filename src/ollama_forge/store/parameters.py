@@ -27,18 +27,20 @@ class Parameter:
         kind: `int`, `float`, `bool`, or `tuple` for texts that may be given several times.
         default: what Ollama uses when it is not set; None where that depends on the machine.
         meaning: a line for a person.
+        least: smaller numbers are refused.
     """
 
     name: str
     kind: type
     default: ParameterValue | None
     meaning: str
+    least: int | None = None
 
 
 PARAMETERS: dict[str, Parameter] = {
     row.name: row
     for row in (
-        Parameter("num_ctx", int, None, "context window in tokens (4096, 32768 or 262144 by the size of the GPU)"),
+        Parameter("num_ctx", int, None, "context window in tokens (4096, 32768 or 262144 by the size of the GPU)", 4),
         Parameter("num_predict", int, -1, "most tokens to generate; -1: no limit"),
         Parameter("num_keep", int, 4, "tokens kept from the start when the context is full"),
         Parameter("seed", int, -1, "seed of the sampler; -1: random"),
@@ -84,12 +86,13 @@ def parse_parameter(name: str, text: str) -> ParameterValue:
     """The typed value of `PARAMETER name text`; a `stop` gives a tuple of one.
 
     Raises:
-        ModelfileError: an unknown or deprecated name, or a text of another type.
+        ModelfileError: an unknown or deprecated name, a text of another type, or a number that nothing can run with.
     """
     row = find_parameter(name)
     if row.kind is tuple:
         return (text,)
     if row.kind is int and _INT.fullmatch(text) and len(text) <= 20 and -(1 << 63) <= int(text) < 1 << 63:
+        _require_least(row, int(text))
         return int(text)
     if row.kind is float and _FLOAT.fullmatch(text) and abs(float(text)) < 3.4e38:
         return round_to_float32(float(text))
@@ -101,6 +104,15 @@ def parse_parameter(name: str, text: str) -> ParameterValue:
         why=f"{name}: {row.meaning}.",
         next=f"Example: {name}={render_parameter(row.default) if row.default is not None else _EXAMPLES[row.kind]}",
     )
+
+
+def _require_least(row: Parameter, number: int) -> None:
+    if row.least is not None and number < row.least:
+        raise ModelfileError(
+            f"PARAMETER {row.name} {number} is too small",
+            why=f"{row.name}: {row.meaning}. Below {row.least} nothing can be run.",
+            next=f"Example: {row.name}=4096",
+        )
 
 
 _EXAMPLES = {int: "4096", float: "0.7", bool: "true"}

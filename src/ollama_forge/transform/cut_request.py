@@ -53,8 +53,11 @@ def parse_share(text: str, option: str = "--keep") -> float:
     return amount.share
 
 
-def parse_amount(text: str, option: str) -> Amount:
+def parse_amount(text: str, option: str, part: str = "") -> Amount:
     """`50%`, `0.5` or `4096`.
+
+    Args:
+        option, part: how the errors spell what was typed before it, for example `--width` and `ffn=`.
 
     Raises:
         UsageError: something else, or a share that leaves nothing or everything.
@@ -62,16 +65,18 @@ def parse_amount(text: str, option: str) -> Amount:
     words = text.strip()
     match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%?)", words)
     if match is None:
-        raise UsageError(f"{option} {text!r} is neither a share nor a number", next=f"Example: {option} 70%")
+        raise UsageError(
+            f"{option} {part + text!r} is neither a share nor a number", next=f"Example: {option} {part}70%"
+        )
     number = float(match[1])
     if not match[2] and "." not in match[1] and number >= 1:
         return Amount(count=int(match[1]))
     share = number / 100 if match[2] else number
     if not 0 < share < 1:
         raise UsageError(
-            f"{option} {text!r} keeps {'nothing' if share <= 0 else 'everything, or more than there is'}",
+            f"{option} {part + text!r} keeps {'nothing' if share <= 0 else 'everything, or more than there is'}",
             why="A share of what stays lies between 0% and 100%.",
-            next=f"Example: {option} 70%",
+            next=f"Example: {option} {part}70%",
         )
     return Amount(share=share)
 
@@ -92,7 +97,7 @@ def parse_width(text: str) -> Mapping[str, Amount]:
                 + (" a first time" if name in widths else ""),
                 next="Example: --width ffn=50%,heads=75%",
             )
-        widths[name] = parse_amount(value, f"--width {name}=")
+        widths[name] = parse_amount(value, "--width", f"{name}=")
     return widths
 
 
