@@ -289,5 +289,6 @@ def test_notes_about_training_data_are_sentences(folder: Path, tmp_path: Path) -
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     data = tmp_path / "d.jsonl"
     data.write_text(json.dumps({"instruction": "Say hi.", "output": "Hi."}) + "\n")
-    ended = forge("finetune", "--base", folder, "--data", data, "--name", "n", "--store", tmp_path / "s", "--dry-run")
+    words = ("finetune", "--base", folder, "--data", data, "--name", "n", "--workdir", tmp_path / "work")
+    ended = forge(*words, "--store", tmp_path / "s", "--dry-run")
     assert "! 1 example: the model has no chat template" in ended.err, ended.err
