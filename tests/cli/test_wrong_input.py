@@ -61,6 +61,8 @@ def test_convert_looks_at_the_name_before_it_writes_and_plans_the_landing(tmp_pa
     words = ("convert", DEMO_MODEL, "-o", out, "--store", store)
     for more in ((), ("--dry-run",)):
         assert_refused(*words, "--name", "../bad", *more, code=1, says="../bad")
+        smaller = ("quantize", DEMO_MODEL, "-o", out, "--type", "Q8_0", "--store", store)
+        assert_refused(*smaller, "--name", "../bad", *more, code=1, says="../bad")
     assert list(tmp_path.iterdir()) == []
     told = forge_json(*words, "--name", "good", "--dry-run")
     assert (told["name"], told["dry_run"], told["converted"]["dry_run"]) == ("good:latest", True, True)

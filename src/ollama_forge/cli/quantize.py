@@ -83,6 +83,10 @@ def command(
         allow_requantize=allow_requantize,
         n_threads=n_threads,
     )
+    if output is not None and name is not None:
+        from ollama_forge.jobs.land_options import require_landable
+
+        require_landable(name, options)
     if output is None:
         assert name is not None
         _quantize_and_land(console, resolve(source, options.store_path), name, quantize, measuring, options)
