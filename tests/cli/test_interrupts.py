@@ -1,4 +1,4 @@
-"""Ctrl-C ends a command at any moment, in the moments too in which Python or a shell would lose it."""
+"""Ctrl-C ends a command at any moment, in those too in which Python would lose it; where it is ignored, it stays so."""
 
 from __future__ import annotations
 
@@ -29,18 +29,13 @@ def test_an_interrupt_that_a_destructor_drops_comes_again() -> None:
     assert sys.unraisablehook is hook
 
 
-def test_a_training_that_a_script_started_in_the_background_can_be_interrupted_before_its_first_step(
-    tmp_path: Path,
-) -> None:
+def interrupted_training(folder: Path, n_steps: int, *launcher: str) -> tuple[int, str]:
+    """Exit code and errors of a training that gets SIGINT as soon as it has its folder, before its first step."""
     words = ["finetune", "--data", DEMO_MODEL.parent / "finetune.jsonl", "--base", DEMO_MODEL, "--skip-retrain"]
-    words += ["--workdir", tmp_path / "run", "--epochs", "100000", "--quiet"]
-    # as `command &` of a shell script is started
-    as_shell_does = (
-        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
-    )
-    command = [sys.executable, "-c", as_shell_does, sys.executable, "-m", "ollama_forge", *map(str, words)]
+    words += ["--workdir", folder, "--epochs", "100000", "--max-steps", n_steps, "--quiet"]
+    command = [*launcher, sys.executable, "-m", "ollama_forge", *map(str, words)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
-        while not (tmp_path / "run" / "run.json").exists():
+        while not (folder / "run.json").exists():
             assert child.poll() is None
             time.sleep(0.02)
         child.send_signal(signal.SIGINT)
@@ -48,5 +43,20 @@ def test_a_training_that_a_script_started_in_the_background_can_be_interrupted_b
             _, err = child.communicate(timeout=120)
         finally:
             child.kill()
-    assert child.returncode == 130 and "Run the same command again" in err and "Traceback" not in err
+    return child.returncode, err
+
+
+def test_before_the_first_step_a_training_ends_at_once(tmp_path: Path) -> None:
+    code, err = interrupted_training(tmp_path / "run", 100_000)
+    assert code == 130 and "Run the same command again" in err and "Traceback" not in err
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_training_in_the_background_of_a_script_goes_on(tmp_path: Path) -> None:
+    """A shell starts `command &` of a script with the signal ignored: Ctrl-C is meant for the script alone."""
+    as_shell_does = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    code, err = interrupted_training(tmp_path / "run", 2, sys.executable, "-c", as_shell_does)
+    assert code == 0, err
+    assert (tmp_path / "run" / "adapter").is_dir()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import _thread
 import contextlib
-import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -18,15 +17,14 @@ _AGAIN_SECONDS = 0.05
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside the block SIGINT becomes a KeyboardInterrupt, in two cases too where it would be lost.
+    """Inside the block a KeyboardInterrupt is not lost.
 
-    A shell starts `command &` of a script with the signal ignored. And Python drops an exception that is raised while a
-    destructor runs, which libraries do a lot while they are imported: such an interrupt comes again a moment later.
+    Python drops an exception that is raised while a destructor runs, and libraries run many while they are imported:
+    such an interrupt comes again a moment later.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     previous_hook = sys.unraisablehook
 
     def hook(dropped: UnraisableHookArgs) -> None:
@@ -38,11 +36,7 @@ def interruptible() -> Iterator[None]:
         again.start()
 
     sys.unraisablehook = hook
-    if is_ignored:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
         sys.unraisablehook = previous_hook
-        if is_ignored:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -188,7 +188,8 @@ class Recorder(TrainerCallback):
 class GracefulInterrupt:
     """The first Ctrl-C ends the run after the step under way, with a checkpoint; the second ends it at once.
 
-    Before the first step there is nothing to keep, and the first one ends it at once too.
+    Before the first step there is nothing to keep, and the first one ends it at once too. Where the signal is ignored,
+    as in a script's background, it stays ignored.
     """
 
     def __init__(self, recorder: Recorder) -> None:
@@ -196,6 +197,8 @@ class GracefulInterrupt:
         self._previous: Any = None
 
     def __enter__(self) -> None:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            return
         try:
             self._previous = signal.signal(signal.SIGINT, self._interrupt)
         except ValueError:  # not the main thread: whoever runs us handles it
