@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ def interruptible() -> Iterator[None]:
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
             previous_hook(dropped)
             return
-        again = threading.Timer(_AGAIN_SECONDS, _thread.interrupt_main)
+        again = threading.Timer(_AGAIN_SECONDS, _interrupt_main_thread)
         again.daemon = True
         again.start()
 
@@ -40,3 +41,12 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = previous_hook
+
+
+def _interrupt_main_thread() -> None:
+    """As Ctrl-C does it: a wait of the main thread ends, too."""
+    main = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and main is not None:
+        signal.pthread_kill(main, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
