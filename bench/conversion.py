@@ -13,6 +13,7 @@ from harness import (
     Measurement,
     Row,
     Workshop,
+    ratio_in_pairs,
     removing,
     run_in_slices,
     run_side_by_side,
@@ -165,13 +166,13 @@ def measure_one_pass(shop: Workshop) -> list[Row]:
 
 def _against(job: str, ours: Measurement, beside: Measurement, target: str) -> Row:
     note = f"processor time {ours.cpu_seconds:.1f} s against {beside.cpu_seconds:.1f} s; "
-    note += f"ours {ours.spread}, {beside.label} {beside.spread}"
-    held = ours.seconds <= beside.seconds if target else None
+    note += f"ours {ours.spread}, {beside.label} {beside.spread}; the ratio is the median of the rounds' ratios"
+    held = ratio_in_pairs(ours, beside) <= 1 if target else None
     return Row(job, show(ours), show(beside), _times(ours, beside), target, held, note)
 
 
 def _times(ours: Measurement, beside: Measurement) -> str:
-    return f"{ours.seconds / beside.seconds:.2f}x the time"
+    return f"{ratio_in_pairs(ours, beside):.3f}x the time"
 
 
 def _forge_convert(shop: Workshop, folder: Path, output: Path, *options: str) -> Command:

@@ -74,6 +74,11 @@ class Measurement:
         return f"{seconds[0]:.3g}-{seconds[-1]:.3g} s"
 
 
+def ratio_in_pairs(ours: Measurement, theirs: Measurement) -> float:
+    """The median of the rounds' ratios of seconds: both sides of a pair met the same weather of the machine."""
+    return statistics.median(one.seconds / other.seconds for one, other in zip(ours.runs, theirs.runs, strict=True))
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the results: ours beside a peer or a floor, and what was promised."""
@@ -165,17 +170,20 @@ def run_side_by_side(commands: Sequence[Command], repeats: int) -> list[Measurem
 def run_in_slices(commands: Sequence[Command], repeats: int) -> list[Measurement]:
     """As `run_side_by_side`, for commands that take minutes: all of them are begun, and one at a time goes on for two
     seconds while the others are stopped. A run's seconds are those in which it went on. Linux only.
+
+    The system still writes out what one wrote while the next one runs, so in each round another one is the first.
     """
     runs: list[list[Run]] = [[] for _ in commands]
-    for _ in range(repeats):
+    for number in range(repeats):
         for command in commands:
             if command.clean:
                 command.clean()
         os.sync()
         sliced = [_Sliced(command) for command in commands]
+        first = number % len(sliced)
         try:
             while any(child.run is None for child in sliced):
-                for child in sliced:
+                for child in [*sliced[first:], *sliced[:first]]:
                     child.go_on()
         finally:
             for child in sliced:

@@ -227,7 +227,7 @@ def _entry(
         target,
         importance=find_importance(options.quantize.imatrix, tensor.gguf_name, tensor.shape),
         n_threads=options.quantize.n_threads or options.n_threads,
-        after=recipe.release,
+        release=recipe.release,
     )
 
 

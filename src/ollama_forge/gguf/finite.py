@@ -65,4 +65,4 @@ def finite_entry(entry: TensorEntry) -> TensorEntry:
             require_finite(chunk, entry.type, entry.name)
             yield chunk
 
-    return replace(entry, chunks=chunks, span=None)
+    return replace(entry, chunks=chunks, pieces=None, span=None)

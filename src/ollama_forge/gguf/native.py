@@ -8,14 +8,14 @@ ggml aborts the process when its assumptions fail, so every argument is checked 
 
 from __future__ import annotations
 
+import concurrent.futures
 import ctypes
 import functools
 import importlib.util
 import math
 import os
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ MAX_WEIGHT = 32768.0
 
 _MAX_IMPORTANCE = 1e16  # importance * weight**2: above it ggml's float32 sums overflow and its assertions abort
 _TARGET_ELEMENTS = 1 << 19  # per call: small enough to share out evenly, and far below ggml's int counters
+_MAX_HELPERS = 256  # they begin when they are needed
 _PLAIN = {GGMLType.I8: "i1", GGMLType.I16: "<i2", GGMLType.I32: "<i4", GGMLType.I64: "<i8", GGMLType.F64: "<f8"}
 _NOT_WRITTEN = frozenset({*_PLAIN, GGMLType.Q8_1, GGMLType.Q8_K})
 _HALF_ROWS = {
@@ -302,17 +303,41 @@ def _unsupported(type: GGMLType, verb: str) -> UnsupportedError:
 
 
 def _run_rows(work: Callable[[int, int], None], n_rows: int, row_elements: int, n_threads: int | None) -> None:
-    """Call `work(start, stop)` for pieces of the rows, on several threads when there is enough to do."""
+    """Call `work(start, stop)` for pieces of the rows, on several threads when there is enough to do.
+
+    The calling thread works too, and what no helper has begun when it is done is taken back: calls from inside other
+    threads, or from a forked process that has none of the helpers, end all the same.
+    """
     n_threads = max(1, n_threads if n_threads is not None else usable_cores())
     step = max(1, min(math.ceil(n_rows / n_threads), _TARGET_ELEMENTS // row_elements))
-    starts = range(0, n_rows, step)
-    if n_threads == 1 or len(starts) == 1:
-        for start in starts:
+    starts: Iterator[int] = iter(range(0, n_rows, step))
+    lock = threading.Lock()
+
+    def work_on() -> None:
+        while True:
+            with lock:
+                start = next(starts, None)
+            if start is None:
+                return
             work(start, min(start + step, n_rows))
-        return
-    with ThreadPoolExecutor(n_threads) as pool:
-        for _ in pool.map(lambda start: work(start, min(start + step, n_rows)), starts):
-            pass
+
+    n_helpers = min(n_threads, math.ceil(n_rows / step)) - 1
+    helpers = [_helpers().submit(work_on) for _ in range(n_helpers)]
+    try:
+        work_on()
+    finally:
+        with lock:
+            starts = iter(())  # where one failed, the others stop
+        begun = [helper for helper in helpers if not helper.cancel()]
+        concurrent.futures.wait(begun)
+    for helper in begun:
+        helper.result()
+
+
+@functools.cache
+def _helpers() -> concurrent.futures.ThreadPoolExecutor:
+    """Threads that stay: a call may take less time than starting them."""
+    return concurrent.futures.ThreadPoolExecutor(_MAX_HELPERS, thread_name_prefix="ggml")
 
 
 def _aligned(stored: Bytes, type: GGMLType) -> Bytes:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,10 +42,12 @@ __all__ = [
 ]
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
-PIECE_ELEMENTS = 1 << 18  # a piece's float32 rows, 1 MiB, stay in a core's cache between decoding and encoding
+PIECE_ELEMENTS = 1 << 19  # per call: what Python costs around it stays below one percent of the fastest encoder's time
 _KEY_TEXT_BYTES = 127  # llama.cpp keeps such values in a fixed buffer
 _SPLIT_KEYS = frozenset({"split.no", "split.count", "split.tensors.count"})
 _FLOATS = frozenset({GGMLType.F32, GGMLType.F16, GGMLType.BF16})
+
+_scratch = threading.local()
 
 ReadRows = Callable[[int, int], Any]
 """`read_rows(first, n_rows)`: the encoded bytes of rows counted through the whole tensor, as a buffer. Thread-safe."""
@@ -149,7 +150,7 @@ def quantized_entry(
     *,
     importance: Floats | None = None,
     n_threads: int | None = None,
-    after: Callable[[], None] | None = None,
+    release: Callable[[], None] | None = None,
 ) -> TensorEntry:
     """An entry that decodes rows of `source_type` and encodes them as `target`, a few at a time.
 
@@ -157,19 +158,26 @@ def quantized_entry(
         shape: row-major.
         importance: float32 [n_columns x n_experts], flat, from `find_importance`.
         n_threads: the usable cores by default.
-        after: called when the last row is done, to give memory back.
+        release: called when the last row is written, to give memory back.
 
     Raises:
         GGUFError: while it is written, when a weight is not a finite number or does not fit `target`.
     """
     job = _Job(name, shape, source_type, read_rows, target, importance)
 
-    def chunks() -> Iterator[Any]:
-        yield from _run(job, n_threads or usable_cores())
-        if after is not None:
-            after()
+    def pieces() -> Iterator[Callable[[], Bytes]]:
+        return (partial(_encode_piece, job, piece) for piece in job.pieces())
 
-    return TensorEntry(name, shape, target, chunks, is_computed=True)
+    def chunks() -> Iterator[Bytes]:
+        return (encode() for encode in pieces())
+
+    return TensorEntry(
+        *(name, shape, target, chunks),
+        is_computed=True,
+        pieces=pieces,
+        n_threads=n_threads or usable_cores(),
+        release=release,
+    )
 
 
 def find_importance(imatrix: Imatrix | None, name: str, shape: Sequence[int]) -> Floats | None:
@@ -239,7 +247,7 @@ def _entry_from_file(source: GGUFFile, choice: Choice, importance: Floats | None
         choice.type,
         importance=importance,
         n_threads=n_threads,
-        after=lambda: source.release(name),
+        release=lambda: source.release(name),
     )
 
 
@@ -262,6 +270,8 @@ class _Job:
         """(first row, rows, column weights) of every piece; none crosses from one expert to the next."""
         per_matrix = self.shape[-2]
         n_matrices = math.prod(self.shape[:-2])
+        if not self.n_columns:
+            return
         at_once = max(1, PIECE_ELEMENTS // self.n_columns)
         n_weights = self.importance.size // self.n_columns if self.importance is not None else 0
         for matrix in range(n_matrices):
@@ -273,36 +283,14 @@ class _Job:
                 yield matrix * per_matrix + row, min(at_once, per_matrix - row), weights
 
 
-def _run(job: _Job, n_threads: int) -> Iterator[Any]:
-    """The encoded pieces in order. While the caller writes one, the threads work on the next few."""
-    if not math.prod(job.shape):
-        return
-    scratch = threading.local()
-    if n_threads == 1 or math.prod(job.shape) <= PIECE_ELEMENTS:
-        for piece in job.pieces():
-            yield _encode_piece(job, piece, scratch)
-        return
-    pool = ThreadPoolExecutor(n_threads, thread_name_prefix="quantize")
-    waiting: deque[Future[Bytes]] = deque()
-    try:
-        for piece in job.pieces():
-            waiting.append(pool.submit(_encode_piece, job, piece, scratch))
-            if len(waiting) > 3 * n_threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _encode_piece(job: _Job, piece: tuple[int, int, Floats | None], scratch: threading.local) -> Bytes:
+def _encode_piece(job: _Job, piece: tuple[int, int, Floats | None]) -> Bytes:
     first, n_rows, weights = piece
     stored = job.read_rows(first, n_rows)
     shape = (n_rows, job.n_columns)
     if job.source == GGMLType.F32 and _is_aligned(stored):
         rows = np.frombuffer(stored, "<f4").reshape(shape)
     else:
-        rows = dequantize(stored, job.source, shape, out=_scratch_rows(scratch, shape), n_threads=1)
+        rows = dequantize(stored, job.source, shape, out=_scratch_rows(shape), n_threads=1)
     if not is_quantized(job.target):
         require_finite(rows, GGMLType.F32, job.name)
     try:
@@ -320,13 +308,12 @@ def _encode_piece(job: _Job, piece: tuple[int, int, Floats | None], scratch: thr
     return encoded
 
 
-def _scratch_rows(scratch: threading.local, shape: tuple[int, int]) -> Floats:
-    """This thread's float32 buffer, cut to `shape`; made once for each tensor."""
+def _scratch_rows(shape: tuple[int, int]) -> Floats:
+    """This thread's float32 buffer, cut to `shape`."""
     n_elements = shape[0] * shape[1]
-    buffer: Floats | None = getattr(scratch, "buffer", None)
+    buffer: Floats | None = getattr(_scratch, "buffer", None)
     if buffer is None or buffer.size < n_elements:
-        buffer = np.empty(n_elements, np.float32)
-        scratch.buffer = buffer
+        buffer = _scratch.buffer = np.empty(n_elements, np.float32)
     return buffer[:n_elements].reshape(shape)
 
 

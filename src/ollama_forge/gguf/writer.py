@@ -62,6 +62,9 @@ class TensorEntry:
         chunks: called once, when the tensor's turn comes; gives exactly `tensor_bytes(type, shape)` bytes.
         is_computed: the bytes take a processor, not a disk, so they are asked for one tensor ahead of their turn, in
             another thread; each chunk stays as it is when the next one is asked for.
+        pieces: of a computed tensor: the same chunks as calls, which up to `n_threads` threads make at once, well ahead
+            of the tensor's turn.
+        release: called when the last byte is written, to give memory back.
         span: where the same bytes lie in a file, for sinks that can take them from there.
     """
 
@@ -70,6 +73,9 @@ class TensorEntry:
     type: GGMLType
     chunks: Callable[[], Iterable[Any]] = field(repr=False)
     is_computed: bool = False
+    pieces: Callable[[], Iterable[Callable[[], Any]]] | None = field(default=None, repr=False)
+    n_threads: int = 1
+    release: Callable[[], None] | None = field(default=None, repr=False)
     span: FileSpan | None = None
 
     @property
@@ -185,14 +191,16 @@ def write_gguf(
         GGUFError: as `plan_layout`, or a tensor gave more or fewer bytes than its shape and type need.
         UnsupportedError: a tensor's row does not divide into its type's blocks.
     """
-    layout = plan_layout(fields, entries, alignment)
-    sink.write(layout.header)
-    if advance:
-        advance(len(layout.header))
     with Ahead(entries) as ahead:
+        layout = plan_layout(fields, entries, alignment)  # a vocabulary takes a while to encode
+        sink.write(layout.header)
+        if advance:
+            advance(len(layout.header))
         for entry, tensor in zip(entries, layout.tensors, strict=True):
             if not _copy_tensor(sink, entry, advance):
                 _write_tensor(sink, entry, ahead.take(entry), tensor.nbytes, advance)
+            if entry.release:
+                entry.release()
             padding = _padded(tensor.nbytes, alignment) - tensor.nbytes
             if padding:
                 sink.write(bytes(padding))

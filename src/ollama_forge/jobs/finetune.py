@@ -7,6 +7,7 @@ the plan; three questions, training, the same questions again; then landing and 
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -270,7 +271,7 @@ def land_adapter(request: FinetuneRequest, options: LandOptions, model: Resolved
 
 def _undo(request: FinetuneRequest, landed: LandedModel | None, options: LandOptions) -> tuple[str, ...]:
     steps = [removal_command(landed.name, options)] if landed else []
-    return (*steps, f"rm -r {request.folder}")
+    return (*steps, f"rm -r {shlex.quote(str(request.folder))}")
 
 
 def _facts(

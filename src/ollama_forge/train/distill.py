@@ -46,9 +46,10 @@ from ollama_forge.train.loop import (
     find_checkpoint,
     interrupted,
     loop_settings,
+    run_numbers,
 )
 from ollama_forge.train.loss import Head, install_chunked_loss, scales_logits
-from ollama_forge.train.options import LoopOptions, LoraOptions, LossPoint, Watch, plan_steps, settle
+from ollama_forge.train.options import LoopOptions, LoraOptions, Watch, plan_steps, settle
 from ollama_forge.train.recompute import spare_last_blocks
 from ollama_forge.train.shared_blocks import sharing_blocks
 from ollama_forge.train.teacher import Batch, Teacher, wanted_positions
@@ -130,21 +131,15 @@ def distil_student(
     if trainer.is_world_process_zero():
         with checkpoints_kept(folder):
             _write_result(student, trained, folder, base, options)
-    history = trainer.state.log_history
     return TrainedStudent(
         adapter=None if options.is_full else folder / RESULT_FOLDER,
         model=folder / STUDENT_FILE if options.is_full else None,
-        steps=trainer.state.global_step,
-        train_losses=tuple(LossPoint(int(row["step"]), row["loss"]) for row in history if "loss" in row),
-        validation_losses=tuple(LossPoint(int(row["step"]), row["eval_loss"]) for row in history if "eval_loss" in row),
         base_divergence=before.divergence,
         final_divergence=after.divergence,
         base_loss=before.cross_entropy,
         final_loss=after.cross_entropy,
-        n_trained_parameters=sum(p.numel() for p in trained.parameters() if p.requires_grad),
-        n_tokens=recorder.n_tokens,
-        seconds=time.monotonic() - started,
         warnings=warnings,
+        **run_numbers(trainer, trained, recorder.n_tokens, started),
     )
 
 

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     PrinterCallback,
+    TrainerCallback,
     set_seed,
 )
 from trl import SFTConfig, SFTTrainer
@@ -36,13 +37,13 @@ from ollama_forge.train.loop import (
     find_checkpoint,
     interrupted,
     loop_settings,
+    run_numbers,
 )
 from ollama_forge.train.lora import use_packed_lora
 from ollama_forge.train.loss import install_chunked_loss
 from ollama_forge.train.options import (
     LoopOptions,
     LoraOptions,
-    LossPoint,
     TrainedAdapter,
     Watch,
     plan_steps,
@@ -103,16 +104,9 @@ def train_adapter(
         packing=bool(loop.packed_length),  # rows come packed; this makes TRL keep the examples in them apart
         dataset_kwargs={"skip_prepare_dataset": True},
     )
+    stop_early = [EarlyStoppingCallback(loop.early_stop)] if loop.early_stop and validation else []
     with sharing_blocks([model] if is_shared else [], settings.device):
-        trainer = SFTTrainer(
-            model=adapted,
-            args=settings,
-            train_dataset=as_dataset(packs),
-            eval_dataset=as_dataset(pack_rows(validation, 0)) if validation else None,
-            processing_class=tokenizer,
-            callbacks=[recorder, *([EarlyStoppingCallback(loop.early_stop)] if loop.early_stop and validation else [])],
-        )
-        trainer.remove_callback(PrinterCallback)
+        trainer = _trainer(adapted, tokenizer, packs, validation, settings, [recorder, *stop_early])
         install_chunked_loss(model)
         base_loss = mean_loss(adapted, judged)  # B is zero still
         require_finite(base_loss, f"the base {base!r}")
@@ -129,19 +123,34 @@ def train_adapter(
         adapted.peft_config["default"].base_model_name_or_path = base
         with checkpoints_kept(folder):
             adapted.save_pretrained(str(result), safe_serialization=True, save_embedding_layers=False)
-    history = trainer.state.log_history
     return adapted, TrainedAdapter(
         folder=result,
-        steps=trainer.state.global_step,
-        train_losses=tuple(LossPoint(int(row["step"]), row["loss"]) for row in history if "loss" in row),
-        validation_losses=tuple(LossPoint(int(row["step"]), row["eval_loss"]) for row in history if "eval_loss" in row),
         base_loss=base_loss,
         final_loss=final_loss,
-        n_trained_parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
-        n_tokens=recorder.n_tokens,
-        seconds=time.monotonic() - started,
         warnings=warnings,
+        **run_numbers(trainer, adapted, recorder.n_tokens, started),
     )
+
+
+def _trainer(
+    adapted: PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    packs: Sequence[Sequence[Tokenized]],
+    validation: Sequence[Tokenized],
+    settings: SFTConfig,
+    callbacks: list[TrainerCallback],
+) -> SFTTrainer:
+    """TRL's, which says nothing: the recorder does."""
+    trainer = SFTTrainer(
+        model=adapted,
+        args=settings,
+        train_dataset=as_dataset(packs),
+        eval_dataset=as_dataset(pack_rows(validation, 0)) if validation else None,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def add_adapter(model: PreTrainedModel, lora: LoraOptions) -> PeftModel:

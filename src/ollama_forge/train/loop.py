@@ -19,12 +19,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import TrainerCallback
 
 from ollama_forge.errors import DiskError, InterruptedRunError
 from ollama_forge.files import disk_error, write_bytes
 from ollama_forge.train.device import require_device
-from ollama_forge.train.options import KEPT_CHECKPOINTS, LoopOptions, StepReport, Watch, checkpoint_interval
+from ollama_forge.train.options import (
+    KEPT_CHECKPOINTS,
+    LoopOptions,
+    LossPoint,
+    StepReport,
+    Watch,
+    checkpoint_interval,
+)
 
 COMPLETE_MARK = "complete.json"
 
@@ -136,6 +144,26 @@ def loop_settings(loop: LoopOptions, folder: Path, total_steps: int, *, has_vali
 
 
 @dataclass
+def run_numbers(trainer: Any, model: nn.Module, n_tokens: int, started: float) -> dict[str, Any]:
+    """What every trained thing says of its run (`TrainedAdapter`, `TrainedStudent`).
+
+    Args:
+        trainer: transformers', ended.
+        started: `time.monotonic()` before the work began.
+    """
+    history = trainer.state.log_history
+    return {
+        "steps": trainer.state.global_step,
+        "train_losses": tuple(LossPoint(int(row["step"]), row["loss"]) for row in history if "loss" in row),
+        "validation_losses": tuple(
+            LossPoint(int(row["step"]), row["eval_loss"]) for row in history if "eval_loss" in row
+        ),
+        "n_trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "n_tokens": n_tokens,
+        "seconds": time.monotonic() - started,
+    }
+
+
 class Recorder(TrainerCallback):
     """Tells where the run stands, marks complete checkpoints, and ends the run at a step's end after Ctrl-C."""
 
