@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 
 from ollama_forge.errors import GGUFError
-from ollama_forge.gguf.ahead import Ahead
+from ollama_forge.gguf.ahead import PIECES_AHEAD, Ahead
 from ollama_forge.gguf.types import GGMLType
 from ollama_forge.gguf.writer import TensorEntry, string, write_gguf
 
@@ -117,3 +118,90 @@ def test_a_tensor_of_the_wrong_size_is_still_refused() -> None:
         written([entry("a", lambda: iter([bytes(31)]))])
     with pytest.raises(GGUFError, match="needs 32 bytes, and more"):
         written([entry("a", lambda: iter([bytes(33)])), entry("b", halves(1))])
+
+
+# --- entries in pieces ------------------------------------------------------------------------------------------------
+
+
+def in_pieces(name: str, pieces: list[Callable[[], Any]], **more: Any) -> TensorEntry:
+    """A float32 tensor of 16 bytes for each piece."""
+    chunks = lambda: (piece() for piece in pieces)  # noqa: E731
+    return TensorEntry(
+        *(name, (len(pieces), 4), GGMLType.F32, chunks),
+        is_computed=True,
+        pieces=lambda: iter(pieces),
+        n_threads=2,
+        **more,
+    )
+
+
+def test_pieces_are_written_in_order_whichever_is_done_first() -> None:
+    second_is_done = threading.Event()
+
+    def slow() -> bytes:
+        assert second_is_done.wait(timeout=30)
+        return b"\x01" * 16
+
+    def fast() -> bytes:
+        second_is_done.set()
+        return b"\x02" * 16
+
+    assert written([in_pieces("a", [slow, fast])]).endswith(b"\x01" * 16 + b"\x02" * 16)
+
+
+def test_a_tensors_last_piece_and_the_next_ones_first_are_computed_together() -> None:
+    both = threading.Barrier(2, timeout=30)
+
+    def meeting() -> bytes:
+        both.wait()
+        return bytes(16)
+
+    written([in_pieces("a", [meeting]), in_pieces("b", [meeting])])
+
+
+def test_pieces_wait_until_earlier_ones_are_taken() -> None:
+    begun: list[int] = []
+
+    def noting(number: int) -> bytes:
+        begun.append(number)
+        return bytes(16)
+
+    pieces = [partial(noting, number) for number in range(4 * PIECES_AHEAD)]
+    first, second = in_pieces("a", pieces[:10]), in_pieces("b", pieces[10:])
+    n_taken = 0
+    with Ahead([first, second]) as ahead:
+        for item in (first, second):
+            for _ in ahead.take(item):
+                n_taken += 1
+                assert len(begun) <= n_taken + PIECES_AHEAD
+    assert sorted(begun) == list(range(4 * PIECES_AHEAD))
+
+
+def test_a_piece_that_fails_is_told_of_at_its_tensors_turn_and_ends_the_rest() -> None:
+    def damaged() -> bytes:
+        raise GGUFError("'b' holds a weight that is not a finite number")
+
+    good, bad = in_pieces("a", [lambda: bytes(16)]), in_pieces("b", [damaged])
+    taken = []
+    before = threading.active_count()
+    with pytest.raises(GGUFError, match="'b'"), Ahead([good, bad]) as ahead:
+        taken += ahead.take(good)
+        list(ahead.take(bad))
+    assert taken == [bytes(16)] and threading.active_count() == before
+
+
+def test_memory_is_given_back_when_a_tensor_is_written() -> None:
+    order: list[str] = []
+
+    class Sink(io.BytesIO):
+        def write(self, data: Any) -> int:
+            if bytes(data[:1]) in (b"\x07", b"\x08"):
+                order.append(f"write {data[0]}")
+            return super().write(data)
+
+    entries = [
+        in_pieces("a", [lambda: b"\x07" * 32, lambda: b""], release=lambda: order.append("release a")),
+        in_pieces("b", [lambda: b"\x08" * 16], release=lambda: order.append("release b")),
+    ]
+    write_gguf(Sink(), FIELDS, entries)
+    assert order == ["write 7", "release a", "write 8", "release b"]

@@ -1,7 +1,9 @@
 import ctypes
 import os
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
@@ -114,6 +116,39 @@ def test_decoding_on_many_threads_equals_decoding_on_one(type: GGMLType) -> None
     one = native.dequantize(stored, type, shape, n_threads=1)
     many = native.dequantize(stored, type, shape, n_threads=5)
     np.testing.assert_array_equal(one.view(np.uint32), many.view(np.uint32))
+
+
+def _large_q8() -> tuple[np.ndarray, np.ndarray]:
+    """(encoded rows, numbers): enough of them to be shared out over several threads."""
+    rows = np.random.default_rng(5).standard_normal((2048, 1024), np.float32)
+    encoded = native.quantize(rows, GGMLType.Q8_0, n_threads=1)
+    return encoded, native.dequantize(encoded, GGMLType.Q8_0, rows.shape, n_threads=1)
+
+
+def test_many_threads_may_decode_on_many_threads_at_once() -> None:
+    encoded, numbers = _large_q8()
+    decode = lambda _: native.dequantize(encoded, GGMLType.Q8_0, numbers.shape, n_threads=8)  # noqa: E731
+    with ThreadPoolExecutor(16) as pool:
+        assert all(np.array_equal(decoded, numbers) for decoded in pool.map(decode, range(64)))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_decodes_though_its_parents_threads_are_not_there() -> None:
+    encoded, numbers = _large_q8()
+    native.dequantize(encoded, GGMLType.Q8_0, numbers.shape, n_threads=4)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        decoded = native.dequantize(encoded, GGMLType.Q8_0, numbers.shape, n_threads=4)
+        os._exit(0 if np.array_equal(decoded, numbers) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_bad_number_among_the_last_rows_is_refused_on_many_threads_too() -> None:
+    rows = np.zeros((4096, 1024), np.float32)
+    rows[-1, -1] = np.nan
+    with pytest.raises(GGUFError, match="NaN"):
+        native.quantize(rows, GGMLType.Q8_0, n_threads=4)
 
 
 @pytest.mark.parametrize("type", [GGMLType.F32, GGMLType.F16, GGMLType.BF16], ids=lambda t: t.name)
