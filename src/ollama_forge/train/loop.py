@@ -143,7 +143,6 @@ def loop_settings(loop: LoopOptions, folder: Path, total_steps: int, *, has_vali
     }
 
 
-@dataclass
 def run_numbers(trainer: Any, model: nn.Module, n_tokens: int, started: float) -> dict[str, Any]:
     """What every trained thing says of its run (`TrainedAdapter`, `TrainedStudent`).
 
@@ -164,6 +163,7 @@ def run_numbers(trainer: Any, model: nn.Module, n_tokens: int, started: float) -
     }
 
 
+@dataclass
 class Recorder(TrainerCallback):
     """Tells where the run stands, marks complete checkpoints, and ends the run at a step's end after Ctrl-C."""
 
