@@ -27,6 +27,7 @@ from ollama_forge.jobs.abliteration_work import AbliterateRequest, AbliterationW
 from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.measure_models import require_packages
 from ollama_forge.jobs.refusals import OnStep
+from ollama_forge.jobs.run_folder import removal_of
 
 JOB = "abliterate optimize"
 STUDY_FILE = "study.jsonl"
@@ -129,7 +130,7 @@ def optimize_ablation(
         evidence=tuple(work.evidence()),
         choice=choice,
         edited=work.apply(choice.options),
-        undo=(f"rm -r {request.work.folder}",),
+        undo=(removal_of(request.work.folder),),
     )
     facts: Mapping[str, Any] = {"trial": picked.number, "seed": request.seed}
     result = finish(work, result, **facts)

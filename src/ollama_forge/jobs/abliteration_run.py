@@ -21,6 +21,7 @@ from ollama_forge.jobs.land_options import LandOptions, removal_command
 from ollama_forge.jobs.landing import LandedModel
 from ollama_forge.jobs.measure_models import require_packages
 from ollama_forge.jobs.refusals import OnStep
+from ollama_forge.jobs.run_folder import removal_of
 from ollama_forge.jobs.work_stages import hash_key
 from ollama_forge.transform.ablation import AblationOptions
 
@@ -148,7 +149,7 @@ def run_abliteration(
         directions=work.directions_path,
         evidence=tuple(work.evidence()),
         choice=choice,
-        undo=(f"rm -r {request.folder}",),
+        undo=(removal_of(request.folder),),
     )
     if stages[-1] == COMPUTE:
         return replace(result, warnings=tuple(work.warnings))

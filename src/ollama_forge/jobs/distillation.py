@@ -44,7 +44,7 @@ from ollama_forge.jobs.merging import MergeInput, MergeOptions, inherited, merge
 from ollama_forge.jobs.processes import count_processes, is_first_process, shares_blocks, wait_for_first_process
 from ollama_forge.jobs.pruning import PruneOptions, prune_model
 from ollama_forge.jobs.resolve import resolve
-from ollama_forge.jobs.run_folder import RUN_FILE, name_after
+from ollama_forge.jobs.run_folder import RUN_FILE, name_after, removal_of
 from ollama_forge.jobs.teacher_answers import (
     ANSWERS_FILE,
     ANSWERS_FOLDER,
@@ -208,7 +208,7 @@ def _train_and_land(
         student = replace(student, changes=matching_template(student.changes, run))
         with _work(replace(request, student=student), prepared, trained):
             landed = _land(request, student.changes, options, prepared, result)
-    undo = (*([removal_command(landed.name, options)] if landed else []), f"rm -r {student.folder}")
+    undo = (*([removal_command(landed.name, options)] if landed else []), removal_of(student.folder))
     from ollama_forge.train.report import AnswerPair, write_report
 
     answers = tuple(AnswerPair(str(q[-1]["content"]), b, a) for q, b, a in zip(questions, before, after, strict=True))

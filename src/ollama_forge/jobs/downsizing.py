@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -36,7 +35,7 @@ from ollama_forge.jobs.measure import MeasureRequest, measure
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, inherited, merge_model
 from ollama_forge.jobs.pruning import PruneOptions, prune_model
 from ollama_forge.jobs.resolve import ResolvedModel, resolve
-from ollama_forge.jobs.run_folder import RUN_FILE
+from ollama_forge.jobs.run_folder import RUN_FILE, removal_of
 from ollama_forge.train.options import IMPORTANCE_FILE, Watch, plan_steps, settle
 
 if TYPE_CHECKING:
@@ -186,7 +185,7 @@ class _Pipeline:
         with self._work(scores):
             landed = land_gguf(result, request.name, inherited(self.model, request.changes), self.options)
         warnings = tuple(dict.fromkeys(self.warnings))
-        undo = (removal_command(landed.name, self.options), f"rm -r {request.folder}")
+        undo = (removal_command(landed.name, self.options), removal_of(request.folder))
         return DownsizeResult(self.plan, result, rows, verdict, landed, report, warnings, undo)
 
     def _work(self, scores: dict[str, float]) -> contextlib.AbstractContextManager[None]:
@@ -235,7 +234,7 @@ class _Pipeline:
                 f"{str(request.folder)!r} holds another downsizing",
                 why="Model, target, data or options differ from those it began with.",
                 next="Choose another --workdir, or remove the folder: "
-                f"rm -r {shlex.quote(str(request.folder))} (the command it began with goes on).",
+                f"{removal_of(request.folder)} (the command it began with goes on).",
             )
 
     def _identity(self) -> str:

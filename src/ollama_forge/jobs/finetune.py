@@ -7,7 +7,6 @@ the plan; three questions, training, the same questions again; then landing and 
 from __future__ import annotations
 
 import contextlib
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from ollama_forge.jobs.lineage import file_ingredient, hashed_ingredient, ingred
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, inherited, merge_and_land
 from ollama_forge.jobs.processes import count_processes, is_first_process, shares_blocks, wait_for_first_process
 from ollama_forge.jobs.resolve import STORED, ResolvedModel
-from ollama_forge.jobs.run_folder import RUN_FILE
+from ollama_forge.jobs.run_folder import RUN_FILE, removal_of
 from ollama_forge.jobs.training_plan import TrainingPlan
 from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.train.options import IMPORTANCE_FILE, TrainedAdapter, Watch
@@ -271,7 +270,7 @@ def land_adapter(request: FinetuneRequest, options: LandOptions, model: Resolved
 
 def _undo(request: FinetuneRequest, landed: LandedModel | None, options: LandOptions) -> tuple[str, ...]:
     steps = [removal_command(landed.name, options)] if landed else []
-    return (*steps, f"rm -r {shlex.quote(str(request.folder))}")
+    return (*steps, removal_of(request.folder))
 
 
 def _facts(

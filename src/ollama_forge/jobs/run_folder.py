@@ -48,8 +48,13 @@ def claim_folder(folder: Path, asked: Mapping[str, Any], *, is_resumed: bool) ->
     raise ExistsError(
         f"There is a run in {str(folder)!r} already" + ("" if is_same else ", and it was asked something else"),
         why="It is finished." if is_finished else "It is not finished; model, data or options are not the same.",
-        next=f"Choose another --workdir, or remove the folder: rm -r {shlex.quote(str(folder))}",
+        next=f"Choose another --workdir, or remove the folder: {removal_of(folder)}",
     )
+
+
+def removal_of(folder: Path) -> str:
+    """The command that takes a run's folder away, as it is pasted into a shell."""
+    return f"rm -r {shlex.quote(str(folder))}"
 
 
 def name_after(stem: str, *inputs: object) -> str:

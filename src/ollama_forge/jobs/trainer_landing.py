@@ -25,6 +25,7 @@ from ollama_forge.jobs.land_options import LandOptions, removal_command
 from ollama_forge.jobs.landing import land_gguf
 from ollama_forge.jobs.merging import MergeInput, inherited, merge_and_land
 from ollama_forge.jobs.resolve import ResolvedModel, resolve
+from ollama_forge.jobs.run_folder import removal_of
 from ollama_forge.jobs.trainer_job import AnswerChange, TrainerJob, TrainerResult
 from ollama_forge.transform.lora_gguf import require_expressible
 from ollama_forge.weights.adapter import find_adapter, open_adapter
@@ -48,7 +49,7 @@ def finish(job: TrainerJob, request: FinetuneRequest, target: ResolvedModel, opt
             f"ollama-forge retrain --base {request.base} --adapter PATH --name {request.name or 'NAME'}",
         )
     result = (_finish_model if job.makes_model else _finish_adapter)(job, request, target, options)
-    undo = (*((removal_command(result.landed.name, options),) if result.landed else ()), f"rm -r {request.folder}")
+    undo = (*((removal_command(result.landed.name, options),) if result.landed else ()), removal_of(request.folder))
     return replace(result, is_trained=True, undo=undo, seconds=time.monotonic() - started)
 
 
