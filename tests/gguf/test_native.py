@@ -138,9 +138,13 @@ def test_a_forked_process_decodes_though_its_parents_threads_are_not_there() -> 
     native.dequantize(encoded, GGMLType.Q8_0, numbers.shape, n_threads=4)
     child = os.fork()
     if child == 0:
-        signal.alarm(60)
-        decoded = native.dequantize(encoded, GGMLType.Q8_0, numbers.shape, n_threads=4)
-        os._exit(0 if np.array_equal(decoded, numbers) else 1)
+        code = 1
+        try:
+            signal.alarm(60)
+            decoded = native.dequantize(encoded, GGMLType.Q8_0, numbers.shape, n_threads=4)
+            code = 0 if np.array_equal(decoded, numbers) else 1
+        finally:
+            os._exit(code)  # whatever happened: the child must not go on with the tests
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 

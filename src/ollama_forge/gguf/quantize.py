@@ -42,7 +42,8 @@ __all__ = [
 ]
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
-PIECE_ELEMENTS = 1 << 19  # per call: what Python costs around it stays below one percent of the fastest encoder's time
+# So large that what Python does around each piece, some 60 us, is a few percent of Q8_0's time and nothing of Q4_K's.
+PIECE_ELEMENTS = 1 << 19
 _KEY_TEXT_BYTES = 127  # llama.cpp keeps such values in a fixed buffer
 _SPLIT_KEYS = frozenset({"split.no", "split.count", "split.tensors.count"})
 _FLOATS = frozenset({GGMLType.F32, GGMLType.F16, GGMLType.BF16})
