@@ -21,18 +21,19 @@ from ollama_forge.train.distill import install_distill_loss
 from ollama_forge.train.distill_options import DistillLoss
 from ollama_forge.train.load import load_packed
 from ollama_forge.train.lora import use_packed_lora
-from ollama_forge.train.recompute import spare_last_blocks
+from ollama_forge.train.recompute import recompute_activations
 from ollama_forge.train.teacher import packed_teacher
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 
 
 def adapted(model: PreTrainedModel, *, is_packed: bool) -> Any:
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     if is_packed:
         use_packed_lora(config)
-        spare_last_blocks(model)
+        recompute_activations(model)
+    else:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return get_peft_model(model, config).train()
 
 

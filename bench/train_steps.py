@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import ollama_forge.train  # isort: skip  # noqa: F401 - before peft, as in the program
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
@@ -20,7 +21,7 @@ from turns import serve
 
 from ollama_forge.train.load import load_packed
 from ollama_forge.train.lora import use_packed_lora
-from ollama_forge.train.recompute import spare_last_blocks
+from ollama_forge.train.recompute import recompute_activations
 
 
 def load(kind: str, path: Path, device: str) -> PreTrainedModel:
@@ -43,11 +44,12 @@ def load(kind: str, path: Path, device: str) -> PreTrainedModel:
 
 def prepare(model: PreTrainedModel, kind: str, n_tokens: int, device: str) -> Callable[[], float]:
     """A function that takes a step and gives its loss."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     if kind == "packed":
         use_packed_lora(config)
-        spare_last_blocks(model)
+        recompute_activations(model)
+    else:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     adapted = get_peft_model(model, config).train()
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.randint(3, model.config.vocab_size, (1, n_tokens), generator=torch.Generator().manual_seed(1))

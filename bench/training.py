@@ -8,7 +8,7 @@ from harness import Command, Job, Row, Workshop, run_once, show_seconds
 from turns import Turns, ratio_of, take_turns
 
 SCRIPT = str(Path(__file__).resolve().with_name("train_steps.py"))
-N_STEPS = {128: 8, 512: 4}
+N_STEPS = {128: 8, 512: 8}
 ROOM_BYTES = 1_200_000_000
 
 

@@ -294,3 +294,19 @@ def test_notes_about_training_data_are_sentences(folder: Path, tmp_path: Path) -
     words = ("finetune", "--base", folder, "--data", data, "--name", "n", "--workdir", tmp_path / "work")
     ended = forge(*words, "--store", tmp_path / "s", "--dry-run")
     assert "! 1 example: the model has no chat template" in ended.err, ended.err
+
+
+def test_a_folder_that_is_no_model_says_where_one_is(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.gguf"
+    empty = tmp_path / "my folder"
+    empty.mkdir()
+    assert_refused("convert", empty, "-o", out, code=1, says="ollama-forge list")
+    snapshot = empty / "snapshots" / "abc"
+    shutil.copytree(folder, snapshot)
+    for command in (("convert", empty), ("quantize", empty, "--type", "Q8_0")):
+        assert_refused(*command, "-o", out, code=1, says=f"'{snapshot}'")
+    (empty / "adapter_config.json").write_text("{}")
+    assert_refused(
+        "quantize", empty, "-o", out, "--type", "Q8_0", code=2, says=f"retrain --base BASE --adapter '{empty}'"
+    )
+    assert not out.exists()

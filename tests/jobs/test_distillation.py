@@ -76,6 +76,8 @@ def test_a_cut_model_is_healed_and_better_so_than_by_the_same_steps_of_fine_tuni
     assert healed >= share_right(tmp_path / "ce" / "student.gguf")
     report = (tmp_path / "kd" / "report.html").read_text()
     assert "from the teacher" in report and "data:image/png;base64," in report
+    plan = forge_json(*words(here, tmp_path / "plan", *steps, "--dry-run"))["plan"]
+    assert f"{plan['trained_parameters']:,} (all)" in report
 
 
 def test_lora_distillation_lands_a_layer_on_the_student(here: Path, tmp_path: Path) -> None:

@@ -145,12 +145,20 @@ def test_what_to_do_about_a_folder_that_is_taken_works(store: Path, tmp_path: Pa
 def test_a_folder_of_another_base_is_not_taken_for_the_one_before(store: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(DEMO_MODEL, other)
-    argv = [*("--skip-retrain", "--workdir", tmp_path / "run", "--max-steps", "1", "--max-length", "64")]
-    bad = forge("finetune", "--data", DATA, "--base", other, *argv, "--target-modules", "nothing")
-    assert bad.code == 1
+    argv = [*("--skip-retrain", "--workdir", tmp_path / "run", "--max-steps", "1")]
+    bad = forge("finetune", "--data", DATA, "--base", other, *argv, "--max-length", "2")
+    assert bad.code == 1 and "--max-length" in bad.err
     (made,) = (tmp_path / "run").glob("base-*.gguf")
     assert forge("finetune", "--data", DATA, "--base", DEMO_MODEL, *argv).code == 0
     assert len(list((tmp_path / "run").glob("base-*.gguf"))) == 2 and made.exists()
+
+
+def test_a_folder_is_not_converted_for_a_request_that_cannot_be_met(tmp_path: Path) -> None:
+    work, data = tmp_path / "run", tmp_path / "broken.jsonl"
+    data.write_text('{"instruction": "a", "output"\n')
+    for wrong in (("--data", data), ("--data", DATA, "--target-modules", "nothing")):
+        ended = forge("finetune", "--base", DEMO_MODEL, "--skip-retrain", "--workdir", work, *wrong)
+        assert ended.code == 1 and not work.exists(), ended.err
 
 
 def test_a_base_that_is_broken_is_named_before_the_first_step(tmp_path: Path) -> None:

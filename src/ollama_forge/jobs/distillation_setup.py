@@ -6,12 +6,14 @@ In: a `DistillRequest`. Out: a `PreparedDistillation`, or an error before any wo
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ollama_forge.arch.families import find_family_by_gguf
 from ollama_forge.convert.plan import ConvertOptions, plan_conversion
 from ollama_forge.dataset.align import AlignedRow, align_rows
 from ollama_forge.dataset.chat_format import chat_format_of
@@ -248,9 +250,11 @@ def metadata_of(model: ResolvedModel) -> Mapping[str, Any]:
 
 def _plan(request: DistillRequest, run: PreparedRun, teacher: GGUFFile, n_words: int) -> DistillPlan:
     options = request.options
+    training = run.plan
     memory = run.plan.memory_bytes + teacher.size_bytes
     if options.is_full:
-        n_numbers = sum(_count(tensor.shape) for tensor in run.gguf.tensors.values())
+        n_numbers = _count_learnt(run.gguf)
+        training = replace(training, n_trained_parameters=n_numbers)
         memory += n_numbers * FLOAT_BYTES * _LEARNT_FLOATS - run.plan.n_trained_parameters * FLOAT_BYTES * 4
     cache_bytes = 0
     if options.cached_words:
@@ -261,7 +265,7 @@ def _plan(request: DistillRequest, run: PreparedRun, teacher: GGUFFile, n_words:
     seconds = training_seconds(run.gguf, run.train, run.loop, run.plan.steps, 3 if options.is_full else 2)
     asking = training_seconds(teacher, run.train, replace(run.loop, checkpointing=False), run.plan.steps, 1)
     return DistillPlan(
-        run.plan,
+        training,
         request.teacher,
         teacher.size_bytes,
         memory,
@@ -277,10 +281,9 @@ def _plan_disk(request: DistillRequest, run: PreparedRun, cache_bytes: int) -> T
     disk = run.plan.disk
     base_bytes = run.gguf.size_bytes
     if request.options.is_full:
-        n_numbers = sum(_count(tensor.shape) for tensor in run.gguf.tensors.values())
         disk = replace(
             disk,
-            checkpoint_bytes=checkpoint_bytes(run.gguf, n_numbers),
+            checkpoint_bytes=checkpoint_bytes(run.gguf, _count_learnt(run.gguf)),
             result_bytes=disk.result_bytes - 2 * run.plan.n_trained_parameters * FLOAT_BYTES + base_bytes,
         )
     elif request.quant is not None:
@@ -299,11 +302,11 @@ def position_bytes(n_kept: int, n_words: int) -> int:
     return kept * (2 if n_words <= 1 << 16 else 3) + 2 * (kept + 1)
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+def _count_learnt(gguf: GGUFFile) -> int:
+    """Numbers that full training changes: of all tensors that a layer of the model reads."""
+    family = find_family_by_gguf(gguf.architecture)
+    addresses = ((family.address_by_gguf_name(name), tensor) for name, tensor in gguf.tensors.items())
+    return sum(math.prod(tensor.shape) for address, tensor in addresses if address and address.row.hf_name)
 
 
 def _warnings(request: DistillRequest, run: PreparedRun, teacher: GGUFFile, plan: DistillPlan) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from ollama_forge.convert.plan import ConvertOptions, plan_conversion
 from ollama_forge.dataset.chat_format import ChatFormat, chat_format_of
 from ollama_forge.dataset.examples import Example, hash_examples
 from ollama_forge.dataset.pack import pack_rows
@@ -22,7 +23,7 @@ from ollama_forge.dataset.validate import read_dataset
 from ollama_forge.errors import MissingExtraError, TrainingError, UnsupportedError
 from ollama_forge.files import hash_file, is_same_disk, make_folder
 from ollama_forge.gguf.reader import GGUFFile, open_gguf
-from ollama_forge.jobs.conversion import ConvertOptions, convert_folder
+from ollama_forge.jobs.conversion import convert_folder
 from ollama_forge.jobs.land_options import LandOptions, require_landable
 from ollama_forge.jobs.resolve import ResolvedModel, resolve, resolve_gguf
 from ollama_forge.jobs.run_folder import claim_folder, name_after
@@ -31,6 +32,7 @@ from ollama_forge.jobs.training_plan import TrainingPlan, plan_training
 from ollama_forge.store.catalog import open_store
 from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.train.options import LOGGERS, LoopOptions, LoraOptions, settle
+from ollama_forge.train.targets import linear_layers, require_targets
 
 TRAIN_PACKAGES = ("torch", "transformers", "peft", "trl", "datasets")
 
@@ -111,11 +113,13 @@ def prepare_run(request: FinetuneRequest, options: LandOptions) -> Iterator[Prep
 @contextlib.contextmanager
 def _prepared(request: FinetuneRequest, options: LandOptions, place: Path) -> Iterator[PreparedRun]:
     origin = resolve(request.base, options.store_path)
+    dataset = read_dataset(find_data_files(request.data, request.include))
+    examples, held = split_examples(dataset.examples, request.validation_share, request.loop.seed)
+    if origin.folder is not None:
+        _require_targets(origin.folder, request.lora)
     model = as_trainable(origin, place, options)
     assert model.gguf_path is not None
     source = model.gguf_path if request.base_gguf is None else twin_of(model, request.base_gguf, options)
-    dataset = read_dataset(find_data_files(request.data, request.include))
-    examples, held = split_examples(dataset.examples, request.validation_share, request.loop.seed)
     render = RenderOptions(learn=request.learn)
     with open_gguf(source) as gguf:
         require_trainable(gguf, request.base)
@@ -175,6 +179,13 @@ def _with_landing(
     if model.installed is None and not is_same_disk(store, base):
         added += base_bytes
     return replace(disk, store=store, landing_bytes=added)
+
+
+def _require_targets(folder: Path, lora: LoraOptions) -> None:
+    """Before a folder is converted, which takes a while; of a GGUF the plan finds out."""
+    with plan_conversion(folder, ConvertOptions()) as conversion:
+        layers = linear_layers(conversion.family, {entry.name: entry.shape for entry in conversion.entries})
+        require_targets([layer.name for layer in layers], lora.target_modules)
 
 
 def as_trainable(model: ResolvedModel, folder: Path, options: LandOptions) -> ResolvedModel:

@@ -5,6 +5,7 @@ In: the text of a model argument and the store. Out: `ResolvedModel`. It looks o
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,19 +101,21 @@ def resolve_folder(text: str) -> Path:
     if ref.kind is RefKind.HUB:
         path = _fetched(text)
     assert path is not None
-    if path.is_file() and path.suffix.lower() == ".gguf":
+    found = _resolve_dir(text, path).gguf_path if path.is_dir() else path
+    if found is None:
+        return path
+    if found.is_file() and found.suffix.lower() == ".gguf":
+        shown = shlex.quote(str(found))
         raise UsageError(
-            f"{text!r} is a GGUF file already",
-            next=f"ollama-forge quantize {text} -o OUT.gguf --type Q4_K_M, or "
-            f"ollama-forge convert --gguf {text} --name NAME",
+            f"{text!r} is a GGUF file already" if found == path else f"The folder {text!r} holds a GGUF file",
+            next=f"ollama-forge quantize {shown} -o OUT.gguf --type Q4_K_M, or "
+            f"ollama-forge convert --gguf {shown} --name NAME",
         )
-    if not path.is_dir():
-        raise NotFoundError(
-            f"There is no folder {text!r}",
-            why="A Hugging Face model is a folder with config.json and safetensors files.",
-            next="Check the path.",
-        )
-    return path
+    raise NotFoundError(
+        f"There is no folder {text!r}",
+        why="A Hugging Face model is a folder with config.json and safetensors files.",
+        next="See the models that are here: ollama-forge list",
+    )
 
 
 def _fetched(text: str) -> Path:
@@ -176,8 +179,17 @@ def _resolve_dir(text: str, folder: Path) -> ResolvedModel:
             f"The folder {text!r} holds {len(firsts)} GGUF models",
             next="Name one of them: " + ", ".join(str(p) for p in firsts[:5]),
         )
+    if (folder / "adapter_config.json").exists():
+        raise UsageError(
+            f"The folder {text!r} holds an adapter, not a model",
+            next=f"Put it on its base: ollama-forge retrain --base BASE --adapter {shlex.quote(text)} --name NAME",
+        )
+    # as a download leaves it: models--org--name/snapshots/COMMIT
+    below = sorted(path.parent for pattern in ("*/config.json", "*/*/config.json") for path in folder.glob(pattern))
     raise NotFoundError(
         f"The folder {text!r} holds no model: neither config.json nor a .gguf file",
         why="A Hugging Face model is a folder with config.json and safetensors files.",
-        next="Check the path.",
+        next="Name the folder that does: " + ", ".join(shlex.quote(str(found)) for found in below[:5])
+        if below
+        else "See the models that are here: ollama-forge list",
     )

@@ -198,7 +198,7 @@ def forward_memory(gguf: GGUFFile, n_positions: int) -> dict[str, int]:
 
 
 def _activation_bytes(gguf: GGUFFile, n_positions: int, *, checkpointing: bool) -> int:
-    """With recomputation every block keeps its input, one at a time everything, and the last ones what fits beside it;
+    """With recomputation every block keeps its input, one at a time everything, and the others what fits beside it;
     without it, all blocks keep everything."""
     blocks = int(gguf.arch_value("block_count", 1))
     kept = n_positions * int(gguf.arch_value("embedding_length", 0)) * _FLOAT_BYTES * blocks

@@ -20,8 +20,9 @@ from ollama_forge.gguf.types import GGMLType, row_bytes
 from ollama_forge.train.heap import HeapKeeper
 from ollama_forge.train.unpack import UNPACKED_TYPES, unpack_blocks
 
-# Large enough to hold one layer of a 1-2 B model between its recomputation and its backward pass.
-WORKSPACE_BYTES = 192 << 20
+# Three of the largest matrices of a 1 B model: room for whole ones, and for some that recomputation has just asked for.
+# More of it saves less time than the same memory does in `train.tape`.
+WORKSPACE_BYTES = 132 << 20
 # torch operations make several arrays of this many numbers on the way.
 _UNPACKED_AT_ONCE = 1 << 23
 _DIRECT = {GGMLType.F32: torch.float32, GGMLType.F16: torch.float16, GGMLType.BF16: torch.bfloat16}

@@ -49,8 +49,15 @@ from ollama_forge.train.loop import (
     run_numbers,
 )
 from ollama_forge.train.loss import Head, install_chunked_loss, scales_logits
-from ollama_forge.train.options import LoopOptions, LoraOptions, Watch, plan_steps, settle
-from ollama_forge.train.recompute import spare_last_blocks
+from ollama_forge.train.options import (
+    ACTIVATION_ROOM_BYTES,
+    LoopOptions,
+    LoraOptions,
+    Watch,
+    plan_steps,
+    settle,
+)
+from ollama_forge.train.recompute import recompute_activations
 from ollama_forge.train.shared_blocks import sharing_blocks
 from ollama_forge.train.teacher import Batch, Teacher, wanted_positions
 from ollama_forge.weights.adapter import RESULT_FOLDER
@@ -108,8 +115,8 @@ def distil_student(
     set_seed(loop.seed)
     trained = _trainable(student, lora, options)
     install_distill_loss(student.model, options.loss)
-    if not is_shared:
-        spare_last_blocks(student.model)
+    if loop.checkpointing:
+        recompute_activations(student.model, 0 if is_shared else ACTIVATION_ROOM_BYTES)
     total_steps = plan_steps(len(rows.train), loop, int(os.environ.get("WORLD_SIZE", 1)))
     recorder = Recorder(watch, sum(len(row.input_ids) for row in rows.train) * loop.epochs)
     settings = TrainingArguments(**loop_settings(loop, folder, total_steps, has_validation=bool(rows.validation)))

@@ -42,6 +42,7 @@ from ollama_forge.train.loop import (
 from ollama_forge.train.lora import use_packed_lora
 from ollama_forge.train.loss import install_chunked_loss
 from ollama_forge.train.options import (
+    ACTIVATION_ROOM_BYTES,
     LoopOptions,
     LoraOptions,
     TrainedAdapter,
@@ -49,7 +50,7 @@ from ollama_forge.train.options import (
     plan_steps,
     settle,
 )
-from ollama_forge.train.recompute import spare_last_blocks
+from ollama_forge.train.recompute import recompute_activations
 from ollama_forge.train.shared_blocks import sharing_blocks
 from ollama_forge.train.targets import is_adapted, is_expert, require_targets
 from ollama_forge.weights.adapter import RESULT_FOLDER
@@ -94,8 +95,8 @@ def train_adapter(
     install_chunked_loss(model)
     judged = list(validation or train)[:_BASE_LOSS_EXAMPLES]
     adapted = add_adapter(model, lora)
-    if not is_shared:
-        spare_last_blocks(model)
+    if loop.checkpointing:
+        recompute_activations(model, 0 if is_shared else ACTIVATION_ROOM_BYTES)
     total_steps = plan_steps(len(packs), loop, int(os.environ.get("WORLD_SIZE", "1")))
     recorder = Recorder(watch, sum(len(row.input_ids) for row in train) * loop.epochs)
     settings = SFTConfig(

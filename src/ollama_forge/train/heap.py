@@ -2,23 +2,19 @@
 
 Each layer allocates and frees tens of megabytes between small pieces that stay (the inputs that checkpointing keeps),
 so glibc's heap fills with holes: 0.8 GB of them in one training step of a 1 B model. They are given back now and then.
-Memory that comes again must be cleared page by page, which was a tenth of a step's processor time; with huge pages it
-is a fortieth. Elsewhere (macOS, Windows, musl) nothing happens here.
+Memory that comes again must be cleared, a twentieth of a step's processor time. Elsewhere (macOS, Windows, musl)
+nothing happens here.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from collections.abc import Callable
 
 import torch
 
 _EVERY_BYTES = 128 << 20
-
-# torch's own switch (c10/core/impl/alloc_cpu.cpp, 2.13), read at its first large allocation; Linux only.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 class HeapKeeper:

@@ -130,8 +130,7 @@ def loop_settings(loop: LoopOptions, folder: Path, total_steps: int, *, has_vali
         "eval_on_start": has_validation,
         "load_best_model_at_end": bool(loop.early_stop and has_validation),
         "metric_for_best_model": "eval_loss" if has_validation else None,
-        "gradient_checkpointing": loop.checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "gradient_checkpointing": False,  # `train.recompute` has switched it on, in a way of its own
         "use_cpu": not use_cuda,
         "bf16": use_cuda and torch.cuda.is_bf16_supported(),
         "disable_tqdm": True,

@@ -11,9 +11,9 @@ IMPORTANCE_FILE = "imatrix.gguf"
 """Name of the importance matrix that a run leaves in its folder."""
 
 
-ACTIVATION_ROOM_BYTES = 350_000_000
-"""Room for activations: the inputs of all blocks, one block at work, and in the rest those of the last blocks, which
-are not computed a second time (`train.recompute`)."""
+ACTIVATION_ROOM_BYTES = 300_000_000
+"""Room for activations: the inputs of all blocks, one block at work, and in the rest what is not computed a second time
+(`train.recompute`)."""
 
 
 KEPT_CHECKPOINTS = 2

@@ -18,30 +18,45 @@ from torch.autograd.function import once_differentiable
 
 from ollama_forge.errors import TrainingError, UnsupportedError
 from ollama_forge.train.blocks import PackedMatrix, Workspace, write_rows
+from ollama_forge.train.tape import find_product, offer_product
 
 
 class _Multiply(torch.autograd.Function):
-    """x [n, columns] times the matrix transposed -> [n, rows], in the file's row order. Saves no tensor."""
+    """x [n, columns] times the matrix transposed, added to `onto` [n, rows] where that lies -> [n, rows], in the file's
+    row order. Saves no tensor."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, matrix: PackedMatrix, workspace: Workspace) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, onto: torch.Tensor | None, matrix: PackedMatrix, workspace: Workspace
+    ) -> torch.Tensor:
         ctx.matrix, ctx.workspace = matrix, workspace
-        return products(x, matrix, workspace)
+        kept = find_product(matrix)
+        if kept is not None:
+            return kept
+        out = products(x, matrix, workspace, onto)
+        if onto is not None:
+            ctx.mark_dirty(onto)
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None, None
-        return sum_products(gradient, ctx.matrix, ctx.workspace), None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        d_x = sum_products(gradient, ctx.matrix, ctx.workspace) if ctx.needs_input_grad[0] else None
+        return d_x, gradient if ctx.needs_input_grad[1] else None, None, None
 
 
-def products(x: torch.Tensor, matrix: PackedMatrix, workspace: Workspace) -> torch.Tensor:
-    """x [n, columns] -> x W^T [n, rows], rows in the file's order; no gradient follows it."""
-    out = x.new_empty(x.shape[0], matrix.rows)
+def products(
+    x: torch.Tensor, matrix: PackedMatrix, workspace: Workspace, onto: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [n, columns] -> x W^T [n, rows], rows in the file's order, added to `onto` if given; no gradient follows it."""
+    out = x.new_empty(x.shape[0], matrix.rows) if onto is None else onto
     with workspace.pieces(matrix, x) as pieces:
         for start, end, values in pieces:
-            torch.mm(x, values.t(), out=out[:, start:end])
+            part = out[:, start:end]
+            if onto is None:
+                torch.mm(x, values.t(), out=part)
+            else:
+                part.addmm_(x, values.t())
     workspace.heap.note(out)
     return out
 
@@ -65,9 +80,21 @@ def multiply(x: torch.Tensor, matrix: PackedMatrix, workspace: Workspace) -> tor
     """x [..., columns] times the matrix transposed -> [..., rows], differentiable in x; autocast is followed."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    flat = x.reshape(-1, matrix.columns)
-    product = _Multiply.apply(flat, matrix, workspace)
-    return matrix.from_rope_order(product, 1).reshape(*x.shape[:-1], matrix.rows)
+    product = multiply_rows(x.reshape(-1, matrix.columns), matrix, workspace)
+    return product.reshape(*x.shape[:-1], matrix.rows)
+
+
+def multiply_rows(
+    x: torch.Tensor, matrix: PackedMatrix, workspace: Workspace, onto: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [n, columns] -> x W^T [n, rows], differentiable.
+
+    Args:
+        onto: [n, rows] in the file's row order: the product is added to it, and its memory becomes the result's.
+    """
+    product = _Multiply.apply(x, onto, matrix, workspace)
+    offer_product(matrix, product)
+    return matrix.from_rope_order(product, 1)
 
 
 class PackedWeight(torch.Tensor):

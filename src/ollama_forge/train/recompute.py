@@ -1,9 +1,10 @@
-"""Which blocks of a model compute their activations a second time in backward: all but the last few.
+"""What of a model's activations is kept for backward, and what is computed a second time.
 
-Recomputing saves memory and costs a third of a step. The last blocks keep their activations, as many of them as fit
-into a fixed room beside the inputs of all blocks and the one block that is at work: short batches take few bytes of
-each, so more blocks are spared. What is learnt is the same
-to the bit, and how many are spared depends on the batch alone, so a seed gives the same bytes on every machine.
+Recomputing a block saves memory and costs a third of a step. Within a fixed room, beside the inputs of all blocks and
+the one block that is at work, first the products of large matrices are kept (`train.tape`): they cost the most time for
+their bytes. What room is left then keeps the last blocks whole. Short batches take few bytes of each, so more is kept.
+What is learnt is the same to the bit, and what is kept depends on the batches alone, so a seed gives the same bytes on
+every machine.
 Source: Chen et al. 2016, "Training deep nets with sublinear memory cost" (arXiv 1604.06174), section 4.
 """
 
@@ -17,20 +18,26 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ollama_forge.train.options import ACTIVATION_ROOM_BYTES
+from ollama_forge.train.packed import PackedLinear
+from ollama_forge.train.tape import ProductKeeper
 
 _FLOAT_BYTES = 4
 
 
-def spare_last_blocks(model: PreTrainedModel, room_bytes: int = ACTIVATION_ROOM_BYTES) -> RemovableHandle | None:
-    """From now on each training pass chooses, by its number of tokens, the blocks that keep their activations.
+def recompute_activations(model: PreTrainedModel, room_bytes: int = ACTIVATION_ROOM_BYTES) -> RemovableHandle | None:
+    """Switch recomputation on; from now on each training pass chooses what it keeps, by its number of tokens.
 
     Args:
-        model: transformers', with gradient checkpointing on or to be switched on later; without it nothing changes.
-        room_bytes: for all activations of the blocks together.
+        model: transformers'; its layers may be packed, and may be wrapped by peft.
+        room_bytes: for all activations of the blocks together; 0 to keep nothing but the blocks' inputs.
 
     Returns:
-        What takes the choice off again; None when the model's blocks cannot recompute.
+        What takes the choice off again; None when the model's blocks cannot recompute one by one.
     """
+    keeper = ProductKeeper()
+    model.activation_checkpointing_enable(
+        activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": keeper.contexts}
+    )
     stack = model.base_model
     blocks = [module for module in stack.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
@@ -43,10 +50,13 @@ def spare_last_blocks(model: PreTrainedModel, room_bytes: int = ACTIVATION_ROOM_
         if not stack.training or not getattr(stack, "gradient_checkpointing", False):
             return None
         n_tokens = _count_tokens(args, kwargs)
-        left = room_bytes - n_tokens * needed_bytes
-        for block, per_token in zip(reversed(blocks), reversed(token_bytes), strict=True):
-            left -= n_tokens * per_token
-            block.gradient_checkpointing = left < 0
+        room = max(0, room_bytes - n_tokens * needed_bytes)
+        product_bytes = [_product_bytes(block, keeper) for block in blocks]
+        keeper.room_bytes = min(room, n_tokens * sum(product_bytes))
+        left = room - n_tokens * sum(product_bytes)
+        for number in reversed(range(len(blocks))):
+            left -= n_tokens * (token_bytes[number] - product_bytes[number])
+            blocks[number].gradient_checkpointing = left < 0
         # blocks that recompute drop the cache by themselves
         return args, {**kwargs, "use_cache": False}
 
@@ -68,3 +78,9 @@ def _token_bytes(block: nn.Module, width: int) -> int:
     )
     outputs = sum(module.out_features for module in linear)
     return _FLOAT_BYTES * (2 * outputs + 4 * width)
+
+
+def _product_bytes(block: nn.Module, keeper: ProductKeeper) -> int:
+    """What recomputation asks for again, for each token."""
+    linear = (module for module in block.modules() if isinstance(module, PackedLinear))
+    return _FLOAT_BYTES * sum(module.out_features for module in linear if keeper.is_asked(module.matrix))

@@ -7,11 +7,11 @@ none of them: the loss is computed from its matrix in pieces. No torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ollama_forge.arch.families import find_family_by_gguf
-from ollama_forge.arch.rows import Role
+from ollama_forge.arch.rows import Family, Role
 from ollama_forge.errors import TrainingError
 from ollama_forge.gguf.reader import GGUFFile
 from ollama_forge.train.options import LoraOptions
@@ -73,18 +73,17 @@ def require_targets(names: Sequence[str], wanted: Sequence[str]) -> None:
             )
 
 
-def linear_layers(gguf: GGUFFile) -> Iterator[LinearLayer]:
-    """The linear layers that the model will have, experts one by one, from the header alone.
+def linear_layers(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[LinearLayer]:
+    """The linear layers that a model will have, experts one by one.
 
-    Raises:
-        UnsupportedError: no family of ours.
+    Args:
+        shapes: of its GGUF tensors, row-major, by name; from a header, or from a conversion that is only planned.
     """
-    family = find_family_by_gguf(gguf.architecture)
-    for name, tensor in gguf.tensors.items():
+    for name, shape in shapes.items():
         address = family.address_by_gguf_name(name)
-        if address is None or address.row.role in _NOT_ADAPTED or len(tensor.shape) < 2:
+        if address is None or address.row.role in _NOT_ADAPTED or len(shape) < 2:
             continue
-        *stack, rows, columns = tensor.shape
+        *stack, rows, columns = shape
         for number in range(math.prod(stack)):
             place = replace(address, expert=number) if address.row.is_per_expert else address
             yield LinearLayer(place.hf_name.removesuffix(".weight"), rows, columns)
@@ -97,7 +96,8 @@ def count_targets(gguf: GGUFFile, lora: LoraOptions) -> TargetCount:
         TrainingError: a target that the model does not have.
         UnsupportedError: no family of ours.
     """
-    layers = list(linear_layers(gguf))
+    shapes = {name: tensor.shape for name, tensor in gguf.tensors.items()}
+    layers = list(linear_layers(find_family_by_gguf(gguf.architecture), shapes))
     require_targets([layer.name for layer in layers], lora.target_modules)
     adapted = [layer for layer in layers if is_adapted(layer.name, lora.target_modules)]
     n_experts = sum(is_expert(layer.name) for layer in layers)
