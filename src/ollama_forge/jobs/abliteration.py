@@ -7,7 +7,6 @@ many matrices of each role were edited and what storing each edit cost. All othe
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -21,6 +20,7 @@ from ollama_forge.jobs.adapters import base_path, convert_adapter
 from ollama_forge.jobs.conversion import ConvertOptions, PlannedGGUF, write_planned
 from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.resolve import ResolvedModel
+from ollama_forge.jobs.scratch import scratch_folder
 from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.transform.ablation import Ablation, AblationOptions, plan_ablation
 from ollama_forge.transform.ablation_lora import can_be_lora, plan_ablation_lora
@@ -162,7 +162,7 @@ def ablate_and_land(
         as_lora=options.as_lora,
     )
     with contextlib.ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ollama-forge-")))
+        scratch = stack.enter_context(scratch_folder())
         if options.as_lora:
             lora = scratch / "ablation.gguf"
             done = apply_ablation(model, directions, lora, options, progress=land_options.progress)
@@ -338,8 +338,8 @@ def _write_lora(
         refuse_existing(output, overwrite=overwrite)
         sha256 = write_planned(planned, output, started, overwrite=overwrite, dry_run=dry_run, progress=progress).sha256
     elif not dry_run:
-        with tempfile.TemporaryDirectory(prefix="ollama-forge-") as scratch:
-            path = Path(scratch) / "ablation.gguf"
+        with scratch_folder() as scratch:
+            path = scratch / "ablation.gguf"
             write_planned(planned, path, started, overwrite=False, dry_run=False, progress=progress)
             convert_adapter(path, output, model, overwrite=overwrite)
     return AblatedModel(

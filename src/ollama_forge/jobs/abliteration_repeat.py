@@ -5,7 +5,6 @@ In: what `abliterate apply`, `run` and `optimize` left in the registry. Out: wha
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ollama_forge.jobs.landing import LandedModel, land_gguf
 from ollama_forge.jobs.merging import inherited
 from ollama_forge.jobs.refusal_answers import as_gguf
 from ollama_forge.jobs.resolve import ResolvedModel
+from ollama_forge.jobs.scratch import scratch_folder
 from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.transform.ablation import AblationOptions
 
@@ -45,11 +45,11 @@ def repeat_abliteration(
     if "quant" not in recorded:  # of `apply`
         return ablate_and_land(model, directions, name, changes, options, wanted)[1]
     quant = recorded["quant"]
-    with as_gguf(model) as source, tempfile.TemporaryDirectory(prefix="ollama-forge-") as scratch:
-        path = Path(scratch) / "edited.gguf"
+    with as_gguf(model) as source, scratch_folder() as scratch:
+        path = scratch / "edited.gguf"
         apply_ablation(source, directions, path, wanted, progress=options.progress)
         if quant is not None:
-            smaller = Path(scratch) / "quantized.gguf"
+            smaller = scratch / "quantized.gguf"
             types = quantize_options(quant, imatrix=matrix, allow_requantize=True)
             quantize_file(path, smaller, types, progress=options.progress)
             path = smaller

@@ -5,7 +5,6 @@ In: what was typed. Out: `LandedModel`; the base's blobs are shared, so only kil
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from ollama_forge.jobs.landing import (
 )
 from ollama_forge.jobs.lineage import standing_for
 from ollama_forge.jobs.resolve import ResolvedModel, resolve
+from ollama_forge.jobs.scratch import scratch_folder
 from ollama_forge.source.ref import RefKind, looks_like_path, parse_ref
 from ollama_forge.store.catalog import open_store
 from ollama_forge.store.modelfile import Modelfile, read_modelfile
@@ -102,8 +102,8 @@ def create_model(creation: Creation, name: str, options: LandOptions) -> LandedM
         return land_named(creation.base, name, creation.changes, options, adapters=creation.adapters)
     model = resolve(creation.base, options.store_path)
     if creation.adapters:
-        with tempfile.TemporaryDirectory(prefix="ollama-forge-") as scratch:
-            adapters = tuple(prepare_adapter(path, model, Path(scratch)) for path in creation.adapters)
+        with scratch_folder() as scratch:
+            adapters = tuple(prepare_adapter(path, model, scratch) for path in creation.adapters)
             with standing_for(dict(zip(adapters, creation.adapters, strict=True))):
                 return _create(model, replace(creation, adapters=adapters), name, options)
     return _create(model, creation, name, options)

@@ -5,7 +5,6 @@ In: a folder for the demo's own store. Out: `DemoResult`. Real jobs, real engine
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.landing import LandedModel, import_folder
 from ollama_forge.jobs.resolve import resolve
 from ollama_forge.jobs.run import open_chat
+from ollama_forge.jobs.scratch import scratch_folder
 from ollama_forge.store.catalog import open_store
 from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.store.verify import StoreReport, verify_store
@@ -95,12 +95,12 @@ def _train(data: Path, options: LandOptions, say: Say) -> FinetuneResult | None:
         say(f"2. finetune: left out, {missing[0]} is not installed (pip install 'ollama-forge[train]')")
         return None
     say("2. finetune: 50 examples teach it new robots, on the packed Q4_K_M weights in the store")
-    with tempfile.TemporaryDirectory(prefix="ollama-forge-demo-") as scratch:
+    with scratch_folder() as scratch:
         request = FinetuneRequest(
             data=(data,),
             base="demo",
             name="demo-robots",
-            folder=Path(scratch) / "run",
+            folder=scratch / "run",
             lora=LoraOptions(rank=16),
             loop=LoopOptions(epochs=12, learning_rate=1e-3, batch_size=10, grad_accum=1),
             max_length=64,

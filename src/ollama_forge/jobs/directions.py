@@ -32,6 +32,7 @@ from ollama_forge.jobs.measure_models import require_packages
 from ollama_forge.jobs.refusal_answers import ask_prompts
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.jobs.run import opening_turns
+from ollama_forge.jobs.scratch import scratch_folder
 from ollama_forge.train.direction_options import DirectionOptions
 from ollama_forge.transform.directions import write_directions
 
@@ -263,8 +264,8 @@ def _as_gguf(model: ResolvedModel, options: ComputeOptions, progress: Progress) 
     if model.folder is None:
         yield model
         return
-    with tempfile.TemporaryDirectory(prefix="ollama-forge-") as scratch:
-        path = Path(scratch) / "model.gguf"
+    with scratch_folder() as scratch:
+        path = scratch / "model.gguf"
         convert_folder(model.folder, path, _conversion(options), progress=progress)
         yield replace(model, gguf_path=path, folder=None)
 

@@ -7,7 +7,6 @@ land, report. Under `accelerate launch` every process trains, and the first one 
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -45,6 +44,7 @@ from ollama_forge.jobs.processes import count_processes, is_first_process, share
 from ollama_forge.jobs.pruning import PruneOptions, prune_model
 from ollama_forge.jobs.resolve import resolve
 from ollama_forge.jobs.run_folder import RUN_FILE, name_after, removal_of
+from ollama_forge.jobs.scratch import scratch_folder
 from ollama_forge.jobs.teacher_answers import (
     ANSWERS_FILE,
     ANSWERS_FOLDER,
@@ -159,7 +159,7 @@ def _with_student(request: DistillRequest, options: LandOptions, stack: contextl
     text = next((path for path in data if path.suffix.lower() in DATA_SUFFIXES), None)
     path = request.folder / name_after("cut", request.teacher, request.cut, text)
     if options.dry_run and not path.exists():
-        path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ollama-forge-"))) / path.name
+        path = stack.enter_context(scratch_folder()) / path.name
     if not path.exists():
         width = {"hidden": Amount(count=request.cut.hidden)} if request.cut.hidden is not None else {}
         wanted = PruneOptions(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -37,6 +36,7 @@ from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.processes import is_first_process
 from ollama_forge.jobs.resolve import ResolvedModel, resolve
 from ollama_forge.jobs.run_folder import claim_folder
+from ollama_forge.jobs.scratch import scratch_folder
 from ollama_forge.jobs.teacher_answers import AskOptions
 from ollama_forge.jobs.training_disk import FLOAT_BYTES, TrainingDisk, checkpoint_bytes
 from ollama_forge.jobs.training_plan import TrainingPlan, training_seconds
@@ -155,7 +155,7 @@ def prepare_distillation(request: DistillRequest, options: LandOptions) -> Itera
     with contextlib.ExitStack() as files:
         place = request.folder / TEACHER_FOLDER
         if options.dry_run:
-            place = Path(files.enter_context(tempfile.TemporaryDirectory(prefix="ollama-forge-")))
+            place = files.enter_context(scratch_folder())
         packed = as_trainable(teacher, place, options)
         assert packed.gguf_path is not None
         gguf = files.enter_context(open_gguf(packed.gguf_path))

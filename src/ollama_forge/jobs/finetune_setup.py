@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from ollama_forge.jobs.conversion import convert_folder
 from ollama_forge.jobs.land_options import LandOptions, require_landable
 from ollama_forge.jobs.resolve import ResolvedModel, resolve, resolve_gguf
 from ollama_forge.jobs.run_folder import claim_folder, name_after
+from ollama_forge.jobs.scratch import scratch_folder
 from ollama_forge.jobs.training_disk import FLOAT_BYTES, TrainingDisk
 from ollama_forge.jobs.training_plan import TrainingPlan, plan_training
 from ollama_forge.store.catalog import open_store
@@ -106,7 +106,7 @@ def prepare_run(request: FinetuneRequest, options: LandOptions) -> Iterator[Prep
     with contextlib.ExitStack() as scratch:
         place = request.folder
         if options.dry_run:
-            place = Path(scratch.enter_context(tempfile.TemporaryDirectory(prefix="ollama-forge-")))
+            place = scratch.enter_context(scratch_folder())
         yield scratch.enter_context(_prepared(request, options, place))
 
 

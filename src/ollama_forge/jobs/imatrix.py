@@ -6,7 +6,6 @@ In: a model on this disk and a text. Out: a GGUF file as `llama-imatrix` writes 
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from ollama_forge.jobs.conversion import ConvertOptions, convert_folder
 from ollama_forge.jobs.measure import built_in_text
 from ollama_forge.jobs.measure_models import require_packages
 from ollama_forge.jobs.resolve import resolve
+from ollama_forge.jobs.scratch import scratch_folder
 from ollama_forge.tokenizer.encode import GGUFTokenizer, build_tokenizer
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def _open_model(
     with contextlib.ExitStack() as stack:
         path = model.gguf_path
         if model.folder is not None:
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=_existing(output.parent))))
+            scratch = stack.enter_context(scratch_folder(_existing(output.parent)))
             path = scratch / "model.gguf"
             convert_folder(model.folder, path, ConvertOptions(), progress=progress)
         assert path is not None

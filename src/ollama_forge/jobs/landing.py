@@ -6,7 +6,6 @@ In: a path or an installed base, and a Modelfile's wishes. Out: `LandedModel`. T
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -31,6 +30,7 @@ from ollama_forge.jobs.conversion import (
 from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.lineage import Work, hashed_beside, record_landing, record_sent, served_ingredient, source_work
 from ollama_forge.jobs.remote import land_remote
+from ollama_forge.jobs.scratch import scratch_folder
 from ollama_forge.store.catalog import Store, open_store
 from ollama_forge.store.discard import exists_error
 from ollama_forge.store.installed import InstalledModel
@@ -317,8 +317,8 @@ def _send_planned(
     work: Callable[[], Work],
 ) -> LandedModel:
     """A server takes whole files only, so the GGUF is made in a temporary folder first."""
-    with planned() as gguf, tempfile.TemporaryDirectory(prefix="ollama-forge-") as scratch:
-        path = Path(scratch) / "model.gguf"
+    with planned() as gguf, scratch_folder() as scratch:
+        path = scratch / "model.gguf"
         if not options.dry_run:
             with (
                 atomic_output(path, expected_bytes=gguf.size_bytes) as sink,

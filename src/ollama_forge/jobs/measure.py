@@ -7,7 +7,6 @@ stands behind a ref is `measure_models`' business, and what runs it is `measure_
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from dataclasses import dataclass
 from importlib import resources
@@ -27,6 +26,7 @@ from ollama_forge.jobs.measure_models import (
     validate_comparable,
 )
 from ollama_forge.jobs.measure_run import running_pair, takes_engine
+from ollama_forge.jobs.scratch import scratch_folder
 from ollama_forge.measure.comparison import Comparison, Divergence, Top
 from ollama_forge.tokenizer.decode import decode_tokens
 from ollama_forge.tokenizer.encode import GGUFTokenizer
@@ -197,7 +197,7 @@ def measure(
     is_run_by_engine = takes_engine(request.is_exact, request.device)
     this, other = (resolve_measured(item, store_path) if isinstance(item, str) else item for item in (ref, against))
     with contextlib.ExitStack() as files:
-        scratch = Path(files.enter_context(tempfile.TemporaryDirectory(prefix="ollama-forge-")))
+        scratch = files.enter_context(scratch_folder())
         first, second = (files.enter_context(open_measured(item, scratch, progress)) for item in (this, other))
         validate_comparable(first, second)
         chat_format = _chat_format(first, second)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from ollama_forge.engine_logits import LogitsEngine, has_logits_engine, open_logits_engine
 from ollama_forge.jobs.adapters import write_fitted
 from ollama_forge.jobs.measure_models import OpenModel, require_packages
+from ollama_forge.jobs.scratch import scratch_folder
 from ollama_forge.measure.pair import EnginePair, ScoredPair
 
 
@@ -58,7 +58,7 @@ def running_pair(
     """
     with contextlib.ExitStack() as stack:
         if takes_engine(is_exact, device):
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ollama-forge-")))
+            scratch = stack.enter_context(scratch_folder())
             n_gpu_layers = 0 if device == "cpu" else None
             first = stack.enter_context(_engine(this, scratch, context_length, n_gpu_layers))
             yield EnginePair(first, stack.enter_context(_engine(against, scratch, context_length, n_gpu_layers)))

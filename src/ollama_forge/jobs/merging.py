@@ -7,7 +7,6 @@ In: a base on this disk (adapter layers that it has already are merged too) and 
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from ollama_forge.jobs.land_options import LandOptions
 from ollama_forge.jobs.landing import LandedModel, import_folder, land_planned
 from ollama_forge.jobs.lineage import file_ingredient, ingredient_of, modelfile_text, standing_for, working
 from ollama_forge.jobs.resolve import ResolvedModel, resolve
+from ollama_forge.jobs.scratch import scratch_folder
 from ollama_forge.store.modelfile import Modelfile
 from ollama_forge.transform.apply import Addition, EditedGGUF, plan_gguf_edit
 from ollama_forge.transform.edits import TensorLoss
@@ -173,12 +173,12 @@ def merge_and_land(
     options = options or MergeOptions()
     wanted = inherited(base, changes)
     if base.folder is not None:
-        with tempfile.TemporaryDirectory(prefix="ollama-forge-") as scratch:
+        with scratch_folder() as scratch:
             merged = merge_model(
-                base, inputs, Path(scratch) / "merged", options, dry_run=land_options.dry_run,
+                base, inputs, scratch / "merged", options, dry_run=land_options.dry_run,
                 progress=land_options.progress,
             )  # fmt: skip
-            folder = base.folder if land_options.dry_run else Path(scratch) / "merged"
+            folder = base.folder if land_options.dry_run else scratch / "merged"
             with _merging(base, inputs, options, changes):
                 landed = import_folder(folder, name, wanted, land_options, ConvertOptions(n_threads=options.n_threads))
             return replace(merged, output=None), landed
@@ -220,8 +220,8 @@ def retrain(base: str, adapters: Sequence[Path], name: str, changes: Modelfile, 
         As `jobs.landing` says.
     """
     model = resolve(base, options.store_path)
-    with tempfile.TemporaryDirectory(prefix="ollama-forge-") as scratch:
-        files = tuple(prepare_adapter(path, model, Path(scratch)) for path in adapters)
+    with scratch_folder() as scratch:
+        files = tuple(prepare_adapter(path, model, scratch) for path in adapters)
         with standing_for(dict(zip(files, adapters, strict=True))):
             return create_model(Creation(base, changes, files), name, options)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from ollama_forge.jobs.pruning import prune_and_land
 from ollama_forge.jobs.pruning_request import CalibrationOptions, PruneOptions
 from ollama_forge.jobs.quantizing import quantize_and_land
 from ollama_forge.jobs.resolve import resolve
+from ollama_forge.jobs.scratch import scratch_folder
 from ollama_forge.jobs.teacher_answers import ANSWERS, AskOptions
 from ollama_forge.jobs.text_distillation import TextDistillRequest, distill_text
 from ollama_forge.registry.document import Landing, Parent
@@ -143,10 +143,10 @@ def repeat_step(landing: Landing, models: Mapping[str, InstalledModel | Path], o
     if quantize is not None and isinstance(source, InstalledModel):
         base = resolve(_ref(source), options.store_path)
         return quantize_and_land(base, landing.name, changes, quantize, options)
-    with tempfile.TemporaryDirectory(prefix="ollama-forge-") as scratch:
+    with scratch_folder() as scratch:
         if adapters:
             base = resolve(_ref(source), options.store_path)
-            adapters = tuple(prepare_adapter(path, base, Path(scratch)) for path in adapters)
+            adapters = tuple(prepare_adapter(path, base, scratch) for path in adapters)
         if isinstance(source, InstalledModel):
             return land_installed(source, landing.name, changes, options, adapters=adapters)
         if landing.step == "import":
@@ -188,8 +188,8 @@ def _training(
 @contextlib.contextmanager
 def _work_folder(options: LandOptions) -> Iterator[Path]:
     """A working folder on the disk that the result goes to: what training leaves may be as large as the model."""
-    with tempfile.TemporaryDirectory(prefix="ollama-forge-", dir=options.store_path) as scratch:
-        yield Path(scratch) / "run"
+    with scratch_folder(options.store_path) as scratch:
+        yield scratch / "run"
 
 
 def _distill(

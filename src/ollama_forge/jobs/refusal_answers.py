@@ -7,10 +7,8 @@ turns, stop strings and adapter layers count: what is asked is the artefact that
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ollama_forge.engine import GREEDY, Engine, loading_from_parameters, open_engine, sampling_from_parameters
@@ -20,6 +18,7 @@ from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.jobs.conversion import ConvertOptions, convert_folder
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.jobs.run import opening_turns
+from ollama_forge.jobs.scratch import scratch_folder
 
 LEAST_ROOM_TOKENS = 16
 """A prompt that leaves less of the context than this cannot be answered."""
@@ -53,8 +52,8 @@ def as_gguf(model: ResolvedModel, progress: Progress = no_progress) -> Iterator[
     if model.folder is None:
         yield model
         return
-    with tempfile.TemporaryDirectory(prefix="ollama-forge-") as scratch:
-        path = Path(scratch) / "model.gguf"
+    with scratch_folder() as scratch:
+        path = scratch / "model.gguf"
         convert_folder(model.folder, path, ConvertOptions(), progress=progress)
         yield replace(model, gguf_path=path, folder=None)
 

@@ -7,10 +7,8 @@ these answers, and perplexities. Both run as they do in Ollama, with their adapt
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ollama_forge.dataset.chat_format import chat_format_of
@@ -26,6 +24,7 @@ from ollama_forge.jobs.measure_models import (
 from ollama_forge.jobs.measure_run import running_pair
 from ollama_forge.jobs.refusal_answers import GivenAnswer
 from ollama_forge.jobs.resolve import ResolvedModel
+from ollama_forge.jobs.scratch import scratch_folder
 from ollama_forge.measure.answer_shift import AnswerScores, Pair, answer_windows, compare_answers
 
 
@@ -82,7 +81,7 @@ def measure_shift(
     if not pairs:
         raise UnsupportedError(f"{against.text!r} gave no answer to any harmless prompt")
     with contextlib.ExitStack() as files:
-        scratch = Path(files.enter_context(tempfile.TemporaryDirectory(prefix="ollama-forge-")))
+        scratch = files.enter_context(scratch_folder())
         first, second = (
             files.enter_context(open_measured(_with_adapters(model), scratch)) for model in (this, against)
         )

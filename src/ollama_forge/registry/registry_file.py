@@ -139,14 +139,15 @@ def _try_lock(lock_path: Path) -> int | None:
         raise disk_error(exc, lock_path, "lock") from exc
     is_mine = False
     try:
-        is_mine = _lock_descriptor(descriptor) and _is_at(descriptor, lock_path)
+        is_mine = lock_descriptor(descriptor) and _is_at(descriptor, lock_path)
     finally:
         if not is_mine:
             os.close(descriptor)
     return descriptor if is_mine else None
 
 
-def _lock_descriptor(descriptor: int) -> bool:
+def lock_descriptor(descriptor: int) -> bool:
+    """Lock an open file for as long as it is open; False when another process holds it, or where there are no locks."""
     try:
         if sys.platform == "win32":
             import msvcrt
