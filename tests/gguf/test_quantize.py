@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import quantize_sources as sources
+from shards import write_shards
 
 from ollama_forge.errors import FormatError, GGUFError, UnsupportedError, UsageError
 from ollama_forge.files import atomic_output, hash_file
@@ -15,8 +16,8 @@ from ollama_forge.gguf.imatrix import Imatrix, read_imatrix
 from ollama_forge.gguf.mix_rules import MAIN_TYPES
 from ollama_forge.gguf.quantize import Quantization, QuantizeOptions, plan_quantization, quantized_entry
 from ollama_forge.gguf.reader import open_gguf
-from ollama_forge.gguf.types import FileType, GGMLType, ValueType, tensor_bytes
-from ollama_forge.gguf.writer import Field, copy_entry, from_reader, write_gguf
+from ollama_forge.gguf.types import FileType, GGMLType, tensor_bytes
+from ollama_forge.gguf.writer import write_gguf
 
 GOLDENS = Path(__file__).parent.parent / "goldens" / "quantize"
 LOWEST = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS"}
@@ -154,19 +155,7 @@ def test_untouched_tensors_and_other_keys_are_copied_byte_for_byte(tmp_path: Pat
 
 def test_a_set_of_shards_becomes_one_file_without_the_keys_of_the_split(tmp_path: Path) -> None:
     whole = sources.write_source(tmp_path / "source.gguf", "llama-rows-of-80")
-    paths = [tmp_path / f"split-{number:05}-of-00002.gguf" for number in (1, 2)]
-    with open_gguf(whole) as opened:
-        names = list(opened.tensors)
-        for number, path in enumerate(paths):
-            part = names[: len(names) // 2] if number == 0 else names[len(names) // 2 :]
-            fields = [from_reader(field) for field in opened.fields.values()]
-            fields += [
-                Field("split.no", ValueType.UINT16, number),
-                Field("split.count", ValueType.UINT16, 2),
-                Field("split.tensors.count", ValueType.INT32, len(names)),
-            ]
-            with atomic_output(path) as sink:
-                write_gguf(sink, fields, [copy_entry(opened, name) for name in part])
+    paths = write_shards(whole, tmp_path)
     quantize_plainly(whole, tmp_path / "whole.gguf")
     quantize_plainly(paths[0], tmp_path / "joined.gguf")
     assert (tmp_path / "joined.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()

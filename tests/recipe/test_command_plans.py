@@ -13,6 +13,7 @@ from hub_fixtures import ggufs as ggufs
 from hub_fixtures import hub as hub
 from hub_fixtures import store as store
 from loopback_hub import LoopbackHub
+from shards import write_shards
 from tiny_adapters import write_lora
 
 from ollama_forge.jobs.starters import STARTERS
@@ -102,6 +103,15 @@ def test_a_plan_whose_inputs_changed_does_not_run(place: Path, tmp_path: Path, c
     assert ended.code == 1 and tree_hash(place) == before
     if command != "build":
         assert ended.document["error"]["kind"] == "recipe" and "was planned" in ended.document["error"]["why"]
+
+
+def test_a_shard_that_changed_stops_a_plan(place: Path, tmp_path: Path) -> None:
+    first, second = write_shards(place / "f.gguf", place)
+    forge_json("plan", "-o", tmp_path / "plan.json", "quantize", first, "-o", "q.gguf", "--type", "Q4_K_M")
+    second.write_bytes(second.read_bytes()[:-1] + b"!")
+    ended = forge("plan", "run", tmp_path / "plan.json", "--json")
+    assert ended.code == 1 and "was planned" in ended.document["error"]["why"]
+    assert not (place / "q.gguf").exists()
 
 
 def test_a_base_that_was_replaced_stops_a_plan(place: Path, tmp_path: Path) -> None:

@@ -160,6 +160,18 @@ class GGUFFile:
             self._maps[shard].madvise(advice, first, stop - first)
 
 
+def shard_paths(path: Path) -> list[Path]:
+    """The files that belong together with this one: all shards of its set, or itself alone, whatever it is.
+
+    Raises:
+        as `open_gguf`, for a file whose name is that of a shard.
+    """
+    if path.suffix.lower() != ".gguf" or "-of-" not in path.stem:
+        return [path]
+    with open_gguf(path) as file:
+        return list(file.paths)
+
+
 def open_gguf(path: Path) -> GGUFFile:
     """Open `path`, and every other shard when it belongs to a set (any shard may be named).
 

@@ -25,7 +25,6 @@ from ollama_forge.jobs.distillation_setup import (
     check_models,
     claim_distillation,
     prepare_distillation,
-    weights_digest,
 )
 from ollama_forge.jobs.finetune import (
     ask_all,
@@ -38,7 +37,7 @@ from ollama_forge.jobs.finetune import (
 from ollama_forge.jobs.finetune_setup import require_extra, require_free_name
 from ollama_forge.jobs.land_options import LandOptions, removal_command
 from ollama_forge.jobs.landing import LandedModel, land_gguf
-from ollama_forge.jobs.lineage import hashed_ingredient, modelfile_text, working
+from ollama_forge.jobs.lineage import hashed_ingredient, modelfile_text, weights_digest, working
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, inherited, merge_model
 from ollama_forge.jobs.processes import count_processes, is_first_process, shares_blocks, wait_for_first_process
 from ollama_forge.jobs.pruning import PruneOptions, prune_model

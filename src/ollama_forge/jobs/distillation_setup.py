@@ -19,8 +19,8 @@ from ollama_forge.dataset.chat_format import chat_format_of
 from ollama_forge.dataset.examples import hash_examples
 from ollama_forge.dataset.render import RenderOptions
 from ollama_forge.dataset.tokenize import TokenizedDataset, tokenize_examples
-from ollama_forge.errors import DatasetError, DigestError, TrainingError, UsageError
-from ollama_forge.files import hash_file, is_same_disk
+from ollama_forge.errors import DatasetError, TrainingError, UsageError
+from ollama_forge.files import is_same_disk
 from ollama_forge.gguf.reader import GGUFFile, open_gguf
 from ollama_forge.jobs.conversion import quantize_options
 from ollama_forge.jobs.finetune_setup import (
@@ -33,6 +33,7 @@ from ollama_forge.jobs.finetune_setup import (
     require_trainable,
 )
 from ollama_forge.jobs.land_options import LandOptions
+from ollama_forge.jobs.lineage import weights_digest
 from ollama_forge.jobs.processes import is_first_process
 from ollama_forge.jobs.resolve import ResolvedModel, resolve
 from ollama_forge.jobs.run_folder import claim_folder
@@ -40,7 +41,6 @@ from ollama_forge.jobs.scratch import scratch_folder
 from ollama_forge.jobs.teacher_answers import AskOptions
 from ollama_forge.jobs.training_disk import FLOAT_BYTES, TrainingDisk, checkpoint_bytes
 from ollama_forge.jobs.training_plan import TrainingPlan, training_seconds
-from ollama_forge.store.digest import parse_digest
 from ollama_forge.tokenizer.compare import match_vocabularies
 from ollama_forge.train.distill_options import DistillOptions, Divergence
 
@@ -345,11 +345,3 @@ def claim_distillation(request: DistillRequest, prepared: PreparedDistillation) 
         "options": asdict(request.options),
     }
     claim_folder(request.folder, asked, is_resumed=request.student.resume)
-
-
-def weights_digest(path: Path) -> str:
-    """SHA-256 of a file; that of a blob in a store is its name."""
-    try:
-        return str(parse_digest(path.name)).removeprefix("sha256:")
-    except DigestError:
-        return hash_file(path).sha256

@@ -24,13 +24,13 @@ from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.jobs.calibration import DATA_SUFFIXES, CalibrationOptions
 from ollama_forge.jobs.conversion import ConvertOptions, convert_folder, quantize_file, quantize_options
 from ollama_forge.jobs.distillation import distill
-from ollama_forge.jobs.distillation_setup import DistillRequest, metadata_of, weights_digest
+from ollama_forge.jobs.distillation_setup import DistillRequest, metadata_of
 from ollama_forge.jobs.downsizing_plan import PipelinePlan, PipelineRequest, PruneStep, plan_pipeline
 from ollama_forge.jobs.downsizing_report import Row, judge_rows, measure_speed, write_comparison
 from ollama_forge.jobs.finetune_setup import FinetuneRequest, require_extra, require_free_name
 from ollama_forge.jobs.land_options import LandOptions, removal_command
 from ollama_forge.jobs.landing import LandedModel, land_gguf
-from ollama_forge.jobs.lineage import file_ingredient, hashed_ingredient, modelfile_text, working
+from ollama_forge.jobs.lineage import file_ingredient, hashed_ingredient, modelfile_text, weights_digest, working
 from ollama_forge.jobs.measure import MeasureRequest, measure
 from ollama_forge.jobs.merging import MergeInput, MergeOptions, inherited, merge_model
 from ollama_forge.jobs.pruning import PruneOptions, prune_model

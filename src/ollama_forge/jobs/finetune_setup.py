@@ -20,10 +20,11 @@ from ollama_forge.dataset.render import NOTES, RenderOptions
 from ollama_forge.dataset.tokenize import Tokenized, TokenizedDataset, split_examples, tokenize_examples
 from ollama_forge.dataset.validate import read_dataset
 from ollama_forge.errors import MissingExtraError, TrainingError, UnsupportedError
-from ollama_forge.files import hash_file, is_same_disk, make_folder
+from ollama_forge.files import is_same_disk, make_folder
 from ollama_forge.gguf.reader import GGUFFile, open_gguf
 from ollama_forge.jobs.conversion import convert_folder
 from ollama_forge.jobs.land_options import LandOptions, require_landable
+from ollama_forge.jobs.lineage import weights_digest
 from ollama_forge.jobs.resolve import ResolvedModel, resolve, resolve_gguf
 from ollama_forge.jobs.run_folder import claim_folder, name_after
 from ollama_forge.jobs.scratch import scratch_folder
@@ -294,7 +295,7 @@ def claim_run(request: FinetuneRequest, prepared: PreparedRun) -> None:
         ExistsError: there is another run in it, or this one and it is not to be resumed.
     """
     asked = {
-        "base": hash_file(prepared.gguf.path).sha256,
+        "base": weights_digest(prepared.gguf.path),
         "data": hash_examples(prepared.examples),
         "validation": hash_examples(prepared.held),
         "lora": asdict(request.lora),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ollama_forge.dataset.windows import Window, cut_windows, text_ids
 from ollama_forge.errors import UsageError
-from ollama_forge.files import Advance, hash_file, write_bytes
+from ollama_forge.files import Advance, write_bytes
 from ollama_forge.gguf.budget import Group
 from ollama_forge.gguf.fit_groups import GroupPlan, cost_of_options
 from ollama_forge.gguf.imatrix import Imatrix
@@ -211,12 +211,6 @@ class FitMeasurements:
     def _keep(self) -> None:
         text = json.dumps({"version": _VERSION, **self._kept}, indent=1, sort_keys=True)
         write_bytes(self.path, text.encode(), overwrite=True)
-
-
-def sha256_of_model(file: GGUFFile) -> str:
-    """One hash for a model: its file's, or of the hashes of its shards."""
-    hashes = [hash_file(path).sha256 for path in file.paths]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _key(model_sha256: str, text: FitText, imatrix: Imatrix | None) -> str:

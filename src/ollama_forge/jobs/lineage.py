@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ollama_forge.errors import DigestError, ForgeError
 from ollama_forge.files import hash_file
+from ollama_forge.gguf.reader import shard_paths
 from ollama_forge.jobs.resolve import ResolvedModel
 from ollama_forge.store.catalog import Store
 from ollama_forge.store.digest import parse_digest
@@ -177,12 +178,24 @@ def hashed_ingredient(source: ResolvedModel | Path, role: str = "base") -> Ingre
 
 
 def content_digest(path: Path) -> str:
-    """`sha256:...` of a file's bytes; of a folder, over the names and hashes of the files that lie right in it."""
-    if not path.is_dir():
-        return f"sha256:{hash_file(path).sha256}"
-    files = sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith("."))
+    """`sha256:...` of a file's bytes; of a folder, over the names and hashes of the files that lie right in it; of a
+    shard of a GGUF, over those of all shards."""
+    if path.is_dir():
+        files = sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith("."))
+    else:
+        files = shard_paths(path)
+        if len(files) == 1:
+            return f"sha256:{hash_file(path).sha256}"
     lines = (f"{hash_file(entry).sha256}  {entry.name}\n" for entry in files)
     return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
+
+
+def weights_digest(path: Path) -> str:
+    """SHA-256 of a GGUF, all shards of it; that of a blob in a store is its name."""
+    try:
+        return str(parse_digest(path.name)).removeprefix("sha256:")
+    except DigestError:
+        return content_digest(path).removeprefix("sha256:")
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from ollama_forge.gguf.quantize import plan_quantization
 from ollama_forge.gguf.reader import GGUFFile, open_gguf
 from ollama_forge.gguf.types import FileType, GGMLType, file_type_name, tensor_bytes
 from ollama_forge.jobs.conversion import ConvertedFile, quantize_file
-from ollama_forge.jobs.fit_measurements import FitMeasurements, FitText, cut_fit_text, sha256_of_model
+from ollama_forge.jobs.fit_measurements import FitMeasurements, FitText, cut_fit_text
 from ollama_forge.jobs.fit_result import (
     DEFAULT_CONTEXT,
     OWN,
@@ -36,6 +36,7 @@ from ollama_forge.jobs.fit_result import (
     FitPoint,
     FitRequest,
 )
+from ollama_forge.jobs.lineage import weights_digest
 from ollama_forge.jobs.measure_models import require_packages
 
 _CURVE_POINTS = 200
@@ -153,7 +154,7 @@ class _Search:
         plan_quantization(self.file, self._own_options(self._types_of(smallest)))  # refuses what cannot be quantized
         find_family_by_gguf(self.file.architecture)  # and what cannot be run
         text = cut_fit_text(self.file, self.request.text, self.longest)
-        digest = model_sha256 or sha256_of_model(self.file)
+        digest = model_sha256 or weights_digest(self.file.path)
         with FitMeasurements(self.file, digest, text, self.options.imatrix, self.request.device, say) as numbers:
             missing = numbers.missing(self.plan)
             plan = self._fit_plan(text, missing, len(self.plain))

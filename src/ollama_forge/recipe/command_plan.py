@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ollama_forge.dataset.read import find_data_files
 from ollama_forge.errors import ForgeError, NotFoundError, RecipeError
 from ollama_forge.files import Progress, disk_error, no_progress, write_bytes
+from ollama_forge.gguf.reader import shard_paths
 from ollama_forge.recipe.inputs import Fingerprints, hash_of
 from ollama_forge.recipe.places import locate
 from ollama_forge.recipe.work import open_work_folder
@@ -148,7 +149,8 @@ def _path_input(path: Path, params: Mapping[str, Any], prints: Fingerprints, *, 
         files = find_data_files([path], params.get("include") or ())
         return PlanInput(kind="file", ref=str(path), hash=hash_of([prints.file(file) for file in files]))
     if path.is_file():
-        return PlanInput(kind="file", ref=str(path), hash=prints.file(path))
+        hashes = [prints.file(part) for part in shard_paths(path)]
+        return PlanInput(kind="file", ref=str(path), hash=hashes[0] if len(hashes) == 1 else hash_of(hashes))
     parts = prints.files([path], "") or {entry.name: prints.file(entry) for entry in sorted(path.glob("*.gguf"))}
     return PlanInput(kind="file", ref=str(path), hash=hash_of(parts))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ollama_forge.errors import RecipeError
+from ollama_forge.gguf.reader import shard_paths
 from ollama_forge.jobs.environment import total_memory_bytes
 from ollama_forge.jobs.hub_local import GGUFPlan
 from ollama_forge.jobs.resolve import ResolvedModel, resolve
@@ -106,11 +107,8 @@ def find_source(
 def _parts_of(model: ResolvedModel) -> list[Path]:
     if model.folder is not None:
         return [model.folder]
-    from ollama_forge.gguf.reader import open_gguf
-
     assert model.gguf_path is not None
-    with open_gguf(model.gguf_path) as gguf:
-        return list(gguf.paths)
+    return shard_paths(model.gguf_path)
 
 
 def _size_of(model: ResolvedModel) -> int:
