@@ -17,6 +17,7 @@ from hub_fixtures import ggufs as ggufs
 from hub_fixtures import hub as hub
 from hub_fixtures import store as store
 from loopback_hub import Cut, LoopbackHub, Stall, Status, sha256
+from projectors import write_projector
 
 from ollama_forge.jobs.environment import total_memory_bytes
 from ollama_forge.store.catalog import open_store
@@ -250,21 +251,6 @@ def test_a_gated_repo_is_explained_and_opened_by_a_token(
     assert ended.code == 1 and "is gated" in ended.err and "huggingface.co/org/Demo-GGUF" in ended.err
     monkeypatch.setenv("HF_TOKEN", "hf_good")
     assert forge_json("fetch", "org/Demo-GGUF", "--quant", "Q2_K", "--store", store)["check"]["loaded"]
-
-
-def write_projector(path: Path) -> bytes:
-    """A GGUF that says that it is an mmproj, with one tensor."""
-    import gguf
-    import numpy as np
-
-    writer = gguf.GGUFWriter(path, "clip")
-    writer.add_type("mmproj")
-    writer.add_tensor("v.patch_embd.weight", np.ones((32, 32), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path.read_bytes()
 
 
 def test_the_projector_of_a_model_that_sees_is_offered_and_landed(

@@ -16,10 +16,12 @@ import learnt_model as world
 import pytest
 from command import DEMO_MODEL, forge, forge_json, tree_hash
 from loopback_ollama import LoopbackOllama, Refused, Status
+from projectors import land_with_projector
 
 from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.gguf.writer import TensorEntry, array, copy_entry, from_reader, write_gguf
 from ollama_forge.jobs.resolve import resolve
+from ollama_forge.store.catalog import open_store
 
 FAST = ("--epochs", "8", "--batch-size", "16", "--grad-accum", "1", "--max-length", "96", "--no-checkpointing")
 SHORT = (*FAST[2:], "--epochs", "1", "--max-steps", "4", "--checkpoint-every", "2", "--lr", "1e-3", "--batch-size", "4")
@@ -219,6 +221,16 @@ def test_a_dry_run_plans_and_writes_nothing(here: Path, tmp_path: Path) -> None:
         > forge_json(*words(here, tmp_path / "run", "--dry-run"))["plan"]["memory_bytes"]
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_student_that_sees_keeps_its_projector(here: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    projector = land_with_projector(here / "pruned.gguf", "sees", store, tmp_path)
+    argv = words(here, tmp_path / "run", *SHORT, "--max-steps", "1", "--full", "--name", "healed", "--no-check")
+    done = forge_json(*argv, "--student", "sees", "--store", store)
+    kept = open_store(store).find("healed").projector
+    assert kept is not None and kept.read_bytes() == projector
+    assert forge_json("registry", "rebuild", done["landed"]["digest"])["same"] is True
 
 
 REFUSALS: dict[str, tuple[tuple[str, ...], str]] = {

@@ -20,6 +20,7 @@ import click
 import learnt_model as world
 import pytest
 from command import DEMO_MODEL, forge, forge_json, tree_hash
+from projectors import land_with_projector
 from tiny_models import build_model
 from tiny_store import snapshot
 
@@ -27,7 +28,7 @@ from ollama_forge.cli import root
 from ollama_forge.jobs.downsizing_plan import LOWER_TYPES, parse_goal
 from ollama_forge.jobs.downsizing_report import Row, judge_rows
 from ollama_forge.jobs.resolve import resolve
-from ollama_forge.store.catalog import Store
+from ollama_forge.store.catalog import Store, open_store
 
 HEAL = ("--full", "--lr", "1e-3", "--batch-size", "8", "--grad-accum", "1", "--max-steps", "6", "--max-length", "96")
 NASTY = "a 'b' \"c\" $(touch PWNED) `touch PWNED` ; touch PWNED #"
@@ -66,11 +67,12 @@ def words(here: Path, folder: Path, *more: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(here: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """(folder, result) of a pipeline that nobody stopped, from a model in Ollama that says something."""
+    """(folder, result) of a pipeline that nobody stopped, from a model in Ollama that says something and sees."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "system").write_text(f"@home, be brief.\n{NASTY}\n")
-    landing = ("--name", "whole", "--store", folder / "store", "--no-check")
-    forge_json("convert", "--gguf", here / "whole.gguf", *landing, *SAID, "--system", f"@{folder / 'system'}")
+    land_with_projector(here / "whole.gguf", "bare", folder / "store", folder)
+    landing = ("--base", "bare", "--name", "whole", "--store", folder / "store", "--no-check")
+    forge_json("create-from-base", *landing, *SAID, "--system", f"@{folder / 'system'}")
     argv = words(here, folder, "--target", "75%", "--quant", "Q8_0", *HEAL, *ASKED)
     argv[argv.index(str(here / "whole.gguf"))] = "whole"
     return folder, forge_json(*argv)
@@ -97,6 +99,8 @@ def test_it_ends_with_five_models_measured_and_a_sentence(finished: tuple[Path, 
     assert "better choice" in page and "data:image/png;base64," in page
     landed = resolve("small", folder / "store").gguf_path
     assert landed is not None and landed.read_bytes() == (folder / "work" / "final.gguf").read_bytes()
+    projector = open_store(folder / "store").find("small").projector
+    assert projector is not None and projector.read_bytes() == (folder / "bare-mmproj.gguf").read_bytes()
     record = json.loads(forge("registry", "show", "small", "--json").out)["lineage"][-1]
     assert result["undo"] == [f"ollama-forge rm small:latest --store {folder / 'store'}", f"rm -r {folder / 'work'}"]
     assert record["step"] == "downsize" and {parent["role"] for parent in record["parents"]} >= {"base", "data"}

@@ -14,6 +14,7 @@ from command import forge, forge_json, tree_hash
 from deep_model import N_LAYERS, SELDOM, conversations, deep_model
 from kill import count_events, run_and_kill
 from learnt_model import MODEL_DIR, training_conversation
+from projectors import land_with_projector
 
 from ollama_forge.engine import open_engine
 from ollama_forge.engine_sampling import Sampling
@@ -22,6 +23,7 @@ from ollama_forge.gguf.reader import open_gguf
 from ollama_forge.gguf.writer import write_gguf
 from ollama_forge.jobs.calibration import measure_ranking, read_rows
 from ollama_forge.jobs.pruning_request import CalibrationOptions
+from ollama_forge.store.catalog import open_store
 from ollama_forge.train.load import load_packed
 from ollama_forge.transform.cut import Cut, read_sizes
 from ollama_forge.transform.prune import plan_gguf_cut
@@ -262,3 +264,19 @@ def test_long_texts_are_drawn_from_by_the_seed(deep: Path, tmp_path: Path) -> No
         ]
     assert drawn[0] == drawn[1] != drawn[2]
     assert sum(map(len, drawn[0])) <= 600
+
+
+def test_a_projector_stays_and_what_it_writes_into_is_not_cut(deep: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    projector = land_with_projector(deep, "sees", store, tmp_path)
+    landing = ("--store", store, "--no-check")
+    prune = ("downsize", "prune", "sees", "--drop-layers", "1")
+    forge_json(*prune, "--name", "short", *landing)
+    forge_json(*prune, "-o", tmp_path / "short.gguf", "--name", "short-too", *landing)
+    for name in ("short", "short-too"):
+        kept = open_store(store).find(name).projector
+        assert kept is not None and kept.read_bytes() == projector
+        assert forge_json("registry", "rebuild", name)["same"] is True
+    narrow = ("downsize", "prune", "sees", "--width", "hidden=75%", "--tokens", 300, "--name", "narrow", *landing)
+    ended = forge(*narrow)
+    assert ended.code == 1 and "its projector feeds pictures into them" in ended.err

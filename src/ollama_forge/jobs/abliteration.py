@@ -182,8 +182,9 @@ def ablate_and_land(
         checkpoint, ablation = stack.enter_context(_open_ablation(model, directions, options))
         plan, planned = _plan_gguf(checkpoint, ablation, options)
         stack.enter_context(work)
-        projector = model.installed.projector if model.installed is not None else None
-        landed = land_planned(lambda: contextlib.nullcontext(planned), name, wanted, land_options, projector=projector)
+        landed = land_planned(
+            lambda: contextlib.nullcontext(planned), name, wanted, land_options, projector=model.projector
+        )
         return _result(ablation, plan, planned, started, is_dry_run=land_options.dry_run), landed
 
 

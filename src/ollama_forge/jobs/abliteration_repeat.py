@@ -53,5 +53,4 @@ def repeat_abliteration(
             types = quantize_options(quant, imatrix=matrix, allow_requantize=True)
             quantize_file(path, smaller, types, progress=options.progress)
             path = smaller
-        projector = model.installed.projector if model.installed is not None else None
-        return land_gguf(path, name, inherited(model, changes), options, projector=projector)
+        return land_gguf(path, name, inherited(model, changes), options, projector=model.projector)

@@ -162,7 +162,6 @@ def land_result(
     # What a killed run has landed already is its own, and landing it again changes nothing.
     is_own = work.options.server is None and _own_digest(work, request.name) == edited.sha256
     land_options = replace(work.options, overwrite=True) if is_own else work.options
-    projector = work.model.installed.projector if work.model.installed is not None else None
     files = [file_ingredient(path, "prompts") for path in request.prompt_files if path.is_file()]
     files.append(file_ingredient(work.directions_path, "directions"))
     if request.imatrix is not None:
@@ -178,4 +177,4 @@ def land_result(
         **facts,
     ):
         changes = inherited(work.model, request.changes)
-        return land_gguf(edited.path, request.name, changes, land_options, projector=projector)
+        return land_gguf(edited.path, request.name, changes, land_options, projector=work.model.projector)

@@ -288,7 +288,8 @@ def _land(
     if request.quant is None and not request.options.is_full:
         return land_adapter(student, options, run.model, result)
     quantize = quantize_options(request.quant, allow_requantize=True) if request.quant is not None else None
-    return land_gguf(result, student.name, inherited(run.model, changes), options, quantize=quantize)
+    wanted = inherited(run.model, changes)
+    return land_gguf(result, student.name, wanted, options, quantize=quantize, projector=run.model.projector)
 
 
 def _work(

@@ -183,7 +183,8 @@ class _Pipeline:
         report = write_comparison(request.folder, request.ref, rows, verdict, self.plan)
         scores = {"kl_mean": rows[-2].kl_mean, "perplexity": rows[-2].perplexity}
         with self._work(scores):
-            landed = land_gguf(result, request.name, inherited(self.model, request.changes), self.options)
+            wanted = inherited(self.model, request.changes)
+            landed = land_gguf(result, request.name, wanted, self.options, projector=self.model.projector)
         warnings = tuple(dict.fromkeys(self.warnings))
         undo = (removal_command(landed.name, self.options), removal_of(request.folder))
         return DownsizeResult(self.plan, result, rows, verdict, landed, report, warnings, undo)

@@ -182,10 +182,9 @@ def merge_and_land(
             with _merging(base, inputs, options, changes):
                 landed = import_folder(folder, name, wanted, land_options, ConvertOptions(n_threads=options.n_threads))
             return replace(merged, output=None), landed
-    projector = base.installed.projector if base.installed is not None else None
     with _open_merge(base, inputs, options) as merge, _merging(base, inputs, options, changes):
         landed = land_planned(
-            lambda: contextlib.nullcontext(merge.gguf), name, wanted, land_options, projector=projector
+            lambda: contextlib.nullcontext(merge.gguf), name, wanted, land_options, projector=base.projector
         )
         return merge.result(None, started, sha256="", is_dry_run=land_options.dry_run), landed
 

@@ -207,7 +207,6 @@ def prune_and_land(
     from ollama_forge.jobs.merging import inherited
 
     started = time.monotonic()
-    projector = model.installed.projector if model.installed is not None else None
     with (
         _open_pruning(model, options, _scratch_path(), land_options.progress, as_gguf=True) as pruning,
         pruning_work(model, options, pruning.dropped, changes),
@@ -217,7 +216,7 @@ def prune_and_land(
             name,
             inherited(model, changes),
             land_options,
-            projector=projector,
+            projector=model.projector,
         )
         return pruning.result(None, started, is_dry_run=land_options.dry_run), landed
 
@@ -240,7 +239,7 @@ def land_pruned(
     from ollama_forge.jobs.merging import inherited
 
     with pruning_work(model, options, pruned.dropped, changes):
-        return land_gguf(output, name, inherited(model, changes), land_options)
+        return land_gguf(output, name, inherited(model, changes), land_options, projector=model.projector)
 
 
 def pruning_work(

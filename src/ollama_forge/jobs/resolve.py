@@ -41,6 +41,11 @@ class ResolvedModel:
     adapters: tuple[Path, ...] = ()
     modelfile: Modelfile = field(default_factory=Modelfile)
 
+    @property
+    def projector(self) -> Path | None:
+        """The mmproj of an Ollama model that sees or hears."""
+        return self.installed.projector if self.installed is not None else None
+
 
 def resolve(text: str, store_path: Path | None = None) -> ResolvedModel:
     """Find the model that `text` names; one of the Hub is downloaded into the Hugging Face cache first.
