@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import io
 import json
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 import ollama_forge
 from ollama_forge.cli import main
 
+SCRIPT_START = f"#!/bin/sh\n'''exec' {shlex.quote(sys.executable)} \"$0\" \"$@\"\n' '''\n"
+"""First lines of a program in Python: a `#!` line cannot name an interpreter whose path has a space in it."""
 DEMO_MODEL = Path(ollama_forge.__file__).parent / "demo" / "model"
 
 

@@ -7,9 +7,10 @@ July 2024, `HELP_NEW` those of today's llama-finetune; a stand-in refuses, as th
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
+
+from command import SCRIPT_START
 
 TESTS = Path(__file__).parent
 HELP_OLD = (
@@ -31,8 +32,7 @@ HELP_NEW = (
     "-opt,  --optimizer sgd|adamw  optimizer\n"
 )
 
-_START = """#!{python}
-import json, os, pathlib, re, sys
+_START = """import json, os, pathlib, re, sys
 sys.path.insert(0, {tests!r})
 HELP = {help!r}
 here = pathlib.Path(__file__).parent
@@ -115,7 +115,7 @@ def write_program(folder: Path, name: str, body: str, *, help_text: str = "") ->
     """An executable script `name` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    path.write_text(_START.format(python=sys.executable, tests=str(TESTS), help=help_text) + body)
+    path.write_text(SCRIPT_START + _START.format(tests=str(TESTS), help=help_text) + body)
     path.chmod(0o755)
     return path
 

@@ -19,7 +19,7 @@ from typing import Any
 import click
 import learnt_model as world
 import pytest
-from command import DEMO_MODEL, forge, forge_json, tree_hash
+from command import DEMO_MODEL, SCRIPT_START, forge, forge_json, tree_hash
 from projectors import land_with_projector
 from tiny_models import build_model
 from tiny_store import snapshot
@@ -279,7 +279,7 @@ def test_the_script_runs_under_bash_with_every_word_quoted(here: Path, tmp_path:
     bin_dir.mkdir()
     tool = bin_dir / "ollama-forge"
     tool.write_text(
-        f"#!{sys.executable}\nimport json, pathlib, sys\n"
+        f"{SCRIPT_START}import json, pathlib, sys\n"
         f"open({str(log)!r}, 'a').write(json.dumps(sys.argv[1:]) + '\\n')\n"
         "if '-o' in sys.argv: pathlib.Path(sys.argv[sys.argv.index('-o') + 1]).touch()\n"
     )
@@ -316,7 +316,7 @@ def test_the_script_lands_what_the_command_lands(finished: tuple[Path, Any], her
     tool = tmp_path / "bin" / "ollama-forge"
     tool.parent.mkdir()
     tool.write_text(
-        f"#!{sys.executable}\nimport os, pathlib, shutil, sys\nwords = sys.argv[1:]\n"
+        f"{SCRIPT_START}import os, pathlib, shutil, sys\nwords = sys.argv[1:]\n"
         "if words[0] == 'create-from-base':\n"
         "    os.execv(sys.executable, [sys.executable, '-m', 'ollama_forge', *words])\n"
         "if '-o' in words:\n"
