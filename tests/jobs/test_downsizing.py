@@ -67,12 +67,11 @@ def words(here: Path, folder: Path, *more: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(here: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """(folder, result) of a pipeline that nobody stopped, from a model in Ollama that says something and sees."""
+    """(folder, result) of a pipeline that nobody stopped, from a model in Ollama that says something."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "system").write_text(f"@home, be brief.\n{NASTY}\n")
-    land_with_projector(here / "whole.gguf", "bare", folder / "store", folder)
-    landing = ("--base", "bare", "--name", "whole", "--store", folder / "store", "--no-check")
-    forge_json("create-from-base", *landing, *SAID, "--system", f"@{folder / 'system'}")
+    landing = ("--name", "whole", "--store", folder / "store", "--no-check")
+    forge_json("convert", "--gguf", here / "whole.gguf", *landing, *SAID, "--system", f"@{folder / 'system'}")
     argv = words(here, folder, "--target", "75%", "--quant", "Q8_0", *HEAL, *ASKED)
     argv[argv.index(str(here / "whole.gguf"))] = "whole"
     return folder, forge_json(*argv)
@@ -99,8 +98,6 @@ def test_it_ends_with_five_models_measured_and_a_sentence(finished: tuple[Path, 
     assert "better choice" in page and "data:image/png;base64," in page
     landed = resolve("small", folder / "store").gguf_path
     assert landed is not None and landed.read_bytes() == (folder / "work" / "final.gguf").read_bytes()
-    projector = open_store(folder / "store").find("small").projector
-    assert projector is not None and projector.read_bytes() == (folder / "bare-mmproj.gguf").read_bytes()
     record = json.loads(forge("registry", "show", "small", "--json").out)["lineage"][-1]
     assert result["undo"] == [f"ollama-forge rm small:latest --store {folder / 'store'}", f"rm -r {folder / 'work'}"]
     assert record["step"] == "downsize" and {parent["role"] for parent in record["parents"]} >= {"base", "data"}
@@ -136,6 +133,16 @@ def test_killed_three_times_it_ends_with_the_same_bytes(finished: tuple[Path, An
     before = tree_hash(work)
     again = forge(*argv)
     assert again.code == 1 and "small" in again.err and tree_hash(work) == before
+
+
+def test_a_model_that_sees_still_does(here: Path, tmp_path: Path) -> None:
+    projector = land_with_projector(here / "whole.gguf", "sees", tmp_path / "store", tmp_path)
+    argv = words(here, tmp_path, "--target", "75%", *HEAL, "--no-check")
+    argv[argv.index(str(here / "whole.gguf"))] = "sees"
+    result = forge_json(*argv)
+    kept = open_store(tmp_path / "store").find("small").projector
+    assert kept is not None and kept.read_bytes() == projector
+    assert forge_json("registry", "rebuild", result["landed"]["digest"])["same"] is True
 
 
 def test_a_pipeline_is_made_again_from_its_record(finished: tuple[Path, Any], here: Path) -> None:
