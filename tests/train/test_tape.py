@@ -128,7 +128,6 @@ class Run:
     def __init__(self, keeper: ProductKeeper) -> None:
         self.keeper = keeper
         self.matrices = (matrix(1), matrix(2))
-        self.products: list[weakref.ref[torch.Tensor]] = []
 
     def block(self, x: torch.Tensor) -> torch.Tensor:
         workspace = Workspace()

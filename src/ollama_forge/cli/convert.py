@@ -190,5 +190,5 @@ def _land_smaller(
         options,
         adapters=(*model.adapters, *adapters),
         quantize=quantize,
-        projector=model.installed.projector if model.installed else None,
+        projector=model.projector,
     )

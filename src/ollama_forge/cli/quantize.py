@@ -115,9 +115,8 @@ def command(
         from ollama_forge.store.modelfile import Modelfile
 
         model = resolve(source, options.store_path)
-        projector = model.installed.projector if model.installed else None
         wanted = inherited(model, Modelfile())
-        landed = land_gguf(output, name, wanted, options, adapters=model.adapters, projector=projector)
+        landed = land_gguf(output, name, wanted, options, adapters=model.adapters, projector=model.projector)
         note_landed(landed.name)
     report_converted(console, written, dry_run=options.dry_run, measured=measured, fit=fitted, landed=landed)
 

@@ -165,7 +165,7 @@ def export_folder(
             ):
                 write_hf_folder(plan, folder, advance)
     warnings = list(plan.warnings)
-    if model.installed is not None and model.installed.projector is not None:
+    if model.projector is not None:
         warnings.append("The projector for pictures or sound was left out: the folder is the text model.")
     return ExportedFolder(
         output=output,

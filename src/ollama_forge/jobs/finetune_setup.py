@@ -116,7 +116,7 @@ def _prepared(request: FinetuneRequest, options: LandOptions, place: Path) -> It
     origin = resolve(request.base, options.store_path)
     dataset = read_dataset(find_data_files(request.data, request.include))
     examples, held = split_examples(dataset.examples, request.validation_share, request.loop.seed)
-    if origin.folder is not None:
+    if origin.folder is not None and request.lora.target_modules:
         _require_targets(origin.folder, request.lora)
     model = as_trainable(origin, place, options)
     assert model.gguf_path is not None

@@ -80,8 +80,7 @@ def require_prunable(model: ResolvedModel, options: PruneOptions) -> None:
             why="It would change layers and channels that are gone.",
             next=f"Merge it first: ollama-forge merge {model.text} -o merged.gguf; then prune merged.gguf",
         )
-    projector = model.installed.projector if model.installed is not None else None
-    if projector is not None and "hidden" in options.width:
+    if model.projector is not None and "hidden" in options.width:
         raise UnsupportedError(
             f"The hidden channels of {model.text!r} cannot be cut: its projector feeds pictures into them",
             next="Cut something else: --layers N, or --width ffn=70%,heads=70%",

@@ -41,7 +41,7 @@ def quantize_and_land(
             inherited(source, changes),
             options,
             adapters=source.adapters,
-            projector=source.installed.projector if source.installed else None,
+            projector=source.projector,
         )
 
 

@@ -113,8 +113,7 @@ def open_chat(
         has_template = "tokenizer.chat_template" in gguf.metadata
     loading: dict[str, Any] = loading_from_parameters(merged)
     paths = [(path, 1.0) for path in (*model.adapters, *adapters)]
-    projector = model.installed.projector if model.installed else None
-    with open_engine(model.gguf_path, adapters=paths, projector=projector, **loading) as engine:
+    with open_engine(model.gguf_path, adapters=paths, projector=model.projector, **loading) as engine:
         sampling = sampling_from_parameters(merged)
         if sampling.max_tokens is None:
             sampling = replace(sampling, max_tokens=engine.context_length)

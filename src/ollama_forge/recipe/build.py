@@ -351,7 +351,7 @@ def _land(
     model = current_model(source, state)
     wanted = inherited(model, changes) if source.installed is not None else changes
     if source.installed is not None:
-        projector = source.installed.projector
+        projector = source.projector
     return _land_weights(model, name, wanted, options, projector, plan)
 
 

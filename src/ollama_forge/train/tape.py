@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from contextvars import ContextVar, Token
 from types import TracebackType
-from typing import Any
 from weakref import WeakSet
 
 import torch
 
 from ollama_forge.train.blocks import PackedMatrix
 
-_at_work: ContextVar[_Recording | _Replay | None] = ContextVar("products_at_work", default=None)
+_at_work: ContextVar[_AtWork | None] = ContextVar("products_at_work", default=None)
 
 
 def find_product(matrix: PackedMatrix) -> torch.Tensor | None:
@@ -67,10 +66,10 @@ class _AtWork:
     def __init__(self, keeper: ProductKeeper, kept: _Kept) -> None:
         self.keeper = keeper
         self.kept = kept
-        self._tokens: list[Token[Any]] = []
+        self._tokens: list[Token[_AtWork | None]] = []
 
     def __enter__(self) -> None:
-        self._tokens.append(_at_work.set(self))  # type: ignore[arg-type]
+        self._tokens.append(_at_work.set(self))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
