@@ -139,6 +139,8 @@ def test_a_model_that_sees_still_does(here: Path, tmp_path: Path) -> None:
     projector = land_with_projector(here / "whole.gguf", "sees", tmp_path / "store", tmp_path)
     argv = words(here, tmp_path, "--target", "75%", *HEAL, "--no-check")
     argv[argv.index(str(here / "whole.gguf"))] = "sees"
+    script = forge(*argv, "--write-script", tmp_path / "d.sh", "--dry-run")
+    assert script.code == 0 and "projector of 'sees'" in script.err and "projector" not in script.out
     result = forge_json(*argv)
     kept = open_store(tmp_path / "store").find("small").projector
     assert kept is not None and kept.read_bytes() == projector

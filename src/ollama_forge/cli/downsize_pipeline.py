@@ -155,6 +155,11 @@ def _write_script(
         store_path=options.store_path,
         is_folder=model.folder is not None,
     )
+    if model.projector is not None:
+        console.warn(
+            f"The script lands a model that reads text only: a Modelfile cannot name the projector of {request.ref!r}. "
+            "The command itself, without --write-script, keeps it."
+        )
     refuse_existing(path, overwrite=options.overwrite)
     content = text.encode("utf-8", "surrogateescape")
     if not options.dry_run:
