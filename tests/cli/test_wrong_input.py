@@ -296,6 +296,20 @@ def test_notes_about_training_data_are_sentences(folder: Path, tmp_path: Path) -
     assert "! 1 example: the model has no chat template" in ended.err, ended.err
 
 
+def test_a_path_of_several_parts_needs_no_dot_before_it(
+    gguf: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    deep = Path("one/two/three/four/five")
+    shutil.copytree(folder, tmp_path / deep)
+    shutil.copy(gguf, tmp_path / deep.parent / "weights")
+    assert forge("show", deep.parent / "weights", "--store", "s").code == 0
+    quantize = ("quantize", deep.parent / "weights", "-o", "o.gguf", "--type", "Q8_0")
+    assert forge("plan", *quantize).code == 0 and forge(*quantize).code == 0
+    assert_refused("quantize", deep, "-o", "p.gguf", "--type", "Q8_0", code=2, says="is a Hugging Face folder")
+    assert_refused("show", "one/two/three/four/six", "--store", "s", code=1, says="six")
+
+
 def test_a_folder_that_is_no_model_says_where_one_is(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "o.gguf"
     empty = tmp_path / "my folder"

@@ -9,7 +9,14 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ollama_forge.errors import NotFoundError, StoreError, UnsafeFileError, UnsupportedError, UsageError
+from ollama_forge.errors import (
+    NameInvalidError,
+    NotFoundError,
+    StoreError,
+    UnsafeFileError,
+    UnsupportedError,
+    UsageError,
+)
 from ollama_forge.source.ref import ModelRef, RefKind, parse_ref
 from ollama_forge.store.catalog import open_store
 from ollama_forge.store.installed import InstalledModel
@@ -65,7 +72,7 @@ def resolve(text: str, store_path: Path | None = None) -> ResolvedModel:
         return _resolve_path(ref)
     try:
         return _resolve_installed(ref.text, store_path)
-    except NotFoundError:
+    except (NotFoundError, NameInvalidError):  # a path of several parts is no name of Ollama's
         if Path(ref.text).exists():
             return _resolve_path(ModelRef(RefKind.PATH, ref.text, path=Path(ref.text)))
         raise

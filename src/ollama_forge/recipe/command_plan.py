@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ollama_forge.dataset.read import find_data_files
-from ollama_forge.errors import ForgeError, NotFoundError, RecipeError
+from ollama_forge.errors import ForgeError, NameInvalidError, NotFoundError, RecipeError
 from ollama_forge.files import Progress, disk_error, no_progress, write_bytes
 from ollama_forge.gguf.reader import shard_paths
 from ollama_forge.recipe.inputs import Fingerprints, hash_of
@@ -136,7 +136,7 @@ def _ref_input(
         return PlanInput(kind="hub", ref=text, hash=commit or list_repo(named.repo, named.revision).commit)
     try:
         return PlanInput(kind="ollama", ref=text, hash=open_store(store_path).find(text).digest)
-    except NotFoundError:
+    except (NotFoundError, NameInvalidError):
         if not path.exists():
             raise
         return _path_input(path, params, prints)
